@@ -94,7 +94,8 @@ static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 // a b, or the end of the program where a size cannot be represented.
 static size_t size_mul(size_t a, size_t b)
 {
-    if (b && a > SIZE_MAX / 2 / b) die(BAD_INPUT, "sizes overflow: %zu x %zu; use a smaller model", a, b);
+    if (b && a > SIZE_MAX / 2 / b)
+        die(BAD_INPUT, "sizes overflow: %zu x %zu; use a smaller model", a, b);
     return a * b;
 }
 
@@ -158,50 +159,50 @@ static int thread_count(void)
 
 // Every size of a model: the papers' symbol, the key in config.json, the largest value taken (so
 // that no product of sizes overflows), and the presets side by side.
-#define CONFIG_INTS(X) \
-    /* symbol key                       most     laptop  moonlight  deepseek-v3                  */ \
-    X(V,     vocab_size,              1 << 24,     256,   163840,  129280) /* 256: bytes         */ \
-    X(C,     hidden_size,             1 << 20,     128,     2048,    7168) /* width of a token   */ \
-    X(L,     num_hidden_layers,       1 << 12,       4,       27,      61)                          \
-    X(dense, first_k_dense_replace,   1 << 12,       1,        1,       3) /* layers without MoE */ \
-    X(F,     intermediate_size,       1 << 20,     384,    11264,   18432) /* width of dense MLP */ \
-    X(NH,    num_attention_heads,     1 << 12,       4,       16,     128)                          \
-    X(Rq,    q_lora_rank,             1 << 20,      96,        0,    1536) /* 0: no query latent */ \
-    X(Rkv,   kv_lora_rank,            1 << 20,      64,      512,     512) /* what is cached     */ \
-    X(Dn,    qk_nope_head_dim,        1 << 16,      32,      128,     128) /* head, no position  */ \
-    X(Dr,    qk_rope_head_dim,        1 << 16,      16,       64,      64) /* head, rotated      */ \
-    X(Dv,    v_head_dim,              1 << 16,      32,      128,     128) /* head, value        */ \
-    X(E,     n_routed_experts,        1 << 16,       8,       64,     256)                          \
-    X(K,     num_experts_per_tok,     1 << 10,       2,        6,       8)                          \
-    X(S,     n_shared_experts,        1 << 10,       1,        2,       1)                          \
-    X(Fe,    moe_intermediate_size,   1 << 20,     128,     1408,    2048) /* width of an expert */ \
-    X(G,     n_group,                 1 << 16,       1,        1,       8) /* groups of experts  */ \
-    X(KG,    topk_group,              1 << 16,       1,        1,       4) /* groups kept        */ \
-    X(norm_topk, norm_topk_prob,            1,       1,        1,       1)                          \
-    X(D,     num_nextn_predict_layers,     64,       1,        0,       1) /* MTP depths         */ \
-    X(Tmax,  max_position_embeddings, 1 << 24,     128,     8192,  163840)
+#define CONFIG_SIZES(X) \
+    /* symbol    key                       most    laptop moonlight deepseek-v3 */ \
+    X(V,         vocab_size,               1 << 24,  256, 163840, 129280) /* 256: bytes */ \
+    X(C,         hidden_size,              1 << 20,  128,   2048,   7168) /* width of a token */ \
+    X(L,         num_hidden_layers,        1 << 12,    4,     27,     61) \
+    X(dense,     first_k_dense_replace,    1 << 12,    1,      1,      3) /* layers without MoE */ \
+    X(F,         intermediate_size,        1 << 20,  384,  11264,  18432) /* width of dense MLP */ \
+    X(NH,        num_attention_heads,      1 << 12,    4,     16,    128) \
+    X(Rq,        q_lora_rank,              1 << 20,   96,      0,   1536) /* 0: no query latent */ \
+    X(Rkv,       kv_lora_rank,             1 << 20,   64,    512,    512) /* what is cached */ \
+    X(Dn,        qk_nope_head_dim,         1 << 16,   32,    128,    128) /* head, no position */ \
+    X(Dr,        qk_rope_head_dim,         1 << 16,   16,     64,     64) /* head, rotated */ \
+    X(Dv,        v_head_dim,               1 << 16,   32,    128,    128) /* head, value */ \
+    X(E,         n_routed_experts,         1 << 16,    8,     64,    256) \
+    X(K,         num_experts_per_tok,      1 << 10,    2,      6,      8) \
+    X(S,         n_shared_experts,         1 << 10,    1,      2,      1) \
+    X(Fe,        moe_intermediate_size,    1 << 20,  128,   1408,   2048) /* width of an expert */ \
+    X(G,         n_group,                  1 << 16,    1,      1,      8) /* groups of experts */ \
+    X(KG,        topk_group,               1 << 16,    1,      1,      4) /* groups kept */ \
+    X(norm_topk, norm_topk_prob,                 1,    1,      1,      1) \
+    X(D,         num_nextn_predict_layers,      64,    1,      0,      1) /* MTP depths */ \
+    X(Tmax,      max_position_embeddings,  1 << 24,  128,   8192, 163840)
 
 #define CONFIG_REALS(X) \
-    X(eps,        rms_norm_eps,                             1e-6,  1e-5,  1e-6)                     \
-    X(theta,      rope_theta,                               1e4,   5e4,   1e4)                      \
-    X(route_scale, routed_scaling_factor,                   1.0,   2.446, 2.5)                      \
-    X(alpha,      aux_loss_alpha,                           1e-4,  1e-3,  1e-4) /* balance loss  */ \
-    X(mtp_weight, mtp_loss_weight,                          0.3,   0.3,   0.3)                      \
-    X(init_std,   initializer_range,                        0.02,  0.02,  0.006)
+    X(eps,         rms_norm_eps,                     1e-6,     1e-5,     1e-6) \
+    X(theta,       rope_theta,                        1e4,      5e4,      1e4) \
+    X(route_scale, routed_scaling_factor,             1.0,    2.446,      2.5) \
+    X(alpha,       aux_loss_alpha,                   1e-4,     1e-3,     1e-4) /* balance loss */ \
+    X(mtp_weight,  mtp_loss_weight,                   0.3,      0.3,      0.3) \
+    X(init_std,    initializer_range,                0.02,     0.02,    0.006)
 
 // The keys of "rope_scaling", with deepseek-v3's values; factor 0 means none.
 #define CONFIG_YARN(X) \
-    X(yarn_factor,         factor,                           40)                                    \
-    X(yarn_original,       original_max_position_embeddings, 4096)                                  \
-    X(yarn_fast,           beta_fast,                        32)                                    \
-    X(yarn_slow,           beta_slow,                        1)                                     \
-    X(yarn_mscale,         mscale,                           1)                                     \
+    X(yarn_factor,         factor,                           40) \
+    X(yarn_original,       original_max_position_embeddings, 4096) \
+    X(yarn_fast,           beta_fast,                        32) \
+    X(yarn_slow,           beta_slow,                        1) \
+    X(yarn_mscale,         mscale,                           1) \
     X(yarn_mscale_all_dim, mscale_all_dim,                   1)
 
-#define INT_FIELD(symbol, ...) int symbol;
+#define SIZE_FIELD(symbol, ...) size_t symbol;
 #define DOUBLE_FIELD(symbol, ...) double symbol;
 typedef struct {
-    CONFIG_INTS(INT_FIELD)
+    CONFIG_SIZES(SIZE_FIELD)
     CONFIG_REALS(DOUBLE_FIELD)
     CONFIG_YARN(DOUBLE_FIELD)
 } Config;
@@ -212,12 +213,12 @@ static const char *const preset_names[PRESETS] = {"laptop", "moonlight-16b", "de
 static Config config_preset(int preset)
 {
     Config c;
-#define PRESET_INT(symbol, key, most, laptop, moonlight, v3) \
+#define PRESET_SIZE(symbol, key, most, laptop, moonlight, v3) \
     c.symbol = preset == LAPTOP ? laptop : preset == MOONLIGHT ? moonlight : v3;
 #define PRESET_REAL(symbol, key, laptop, moonlight, v3) \
     c.symbol = preset == LAPTOP ? laptop : preset == MOONLIGHT ? moonlight : v3;
 #define PRESET_YARN(symbol, key, v3) c.symbol = preset == DEEPSEEK_V3 ? v3 : 0;
-    CONFIG_INTS(PRESET_INT)
+    CONFIG_SIZES(PRESET_SIZE)
     CONFIG_REALS(PRESET_REAL)
     CONFIG_YARN(PRESET_YARN)
     return c;
@@ -226,55 +227,56 @@ static Config config_preset(int preset)
 // Dies with the key, its value and what would fit unless the sizes make a model.
 static void config_check(const Config *c, const char *file)
 {
-#define CHECK_RANGE(symbol, key, most, ...) \
-    if (c->symbol < 0 || c->symbol > (most)) \
-        die(BAD_INPUT, "%s: " #key " is %d; it must be 0 to %d", file, c->symbol, most);
-    CONFIG_INTS(CHECK_RANGE)
-#define CHECK(condition, ...) \
+#define NEED(condition, ...) \
     if (!(condition)) die(BAD_INPUT, __VA_ARGS__)
-#define CHECK_POSITIVE(symbol, key) \
-    CHECK(c->symbol > 0, "%s: " #key " is %d; it must be at least 1", file, c->symbol)
-    CHECK_POSITIVE(V, vocab_size);
-    CHECK_POSITIVE(C, hidden_size);
-    CHECK_POSITIVE(L, num_hidden_layers);
-    CHECK_POSITIVE(NH, num_attention_heads);
-    CHECK_POSITIVE(Rkv, kv_lora_rank);
-    CHECK_POSITIVE(Dn, qk_nope_head_dim);
-    CHECK_POSITIVE(Dr, qk_rope_head_dim);
-    CHECK_POSITIVE(Dv, v_head_dim);
-    CHECK_POSITIVE(Tmax, max_position_embeddings);
-    CHECK(c->Dr % 2 == 0, "%s: qk_rope_head_dim is %d; rotation takes pairs, so it must be even",
+#define NEED_MOST(symbol, key, most, ...) \
+    NEED(c->symbol <= (most), "%s: " #key " is %zu; it must be 0 to %d", file, c->symbol, most);
+    CONFIG_SIZES(NEED_MOST)
+#define NEED_POSITIVE(symbol, key) \
+    NEED(c->symbol > 0, "%s: " #key " is 0; it must be at least 1", file)
+    NEED_POSITIVE(V, vocab_size);
+    NEED_POSITIVE(C, hidden_size);
+    NEED_POSITIVE(L, num_hidden_layers);
+    NEED_POSITIVE(NH, num_attention_heads);
+    NEED_POSITIVE(Rkv, kv_lora_rank);
+    NEED_POSITIVE(Dn, qk_nope_head_dim);
+    NEED_POSITIVE(Dr, qk_rope_head_dim);
+    NEED_POSITIVE(Dv, v_head_dim);
+    NEED_POSITIVE(Tmax, max_position_embeddings);
+    NEED(c->Dr % 2 == 0, "%s: qk_rope_head_dim is %zu; rotation takes pairs, so it must be even",
           file, c->Dr);
-    if (c->dense > 0 || c->E == 0) CHECK_POSITIVE(F, intermediate_size);
+    if (c->dense > 0 || c->E == 0) NEED_POSITIVE(F, intermediate_size);
     if (c->E > 0) {
-        CHECK_POSITIVE(Fe, moe_intermediate_size);
-        CHECK_POSITIVE(K, num_experts_per_tok);
-        CHECK_POSITIVE(G, n_group);
-        CHECK(c->K <= c->E, "%s: num_experts_per_tok is %d but there are only %d experts "
+        NEED_POSITIVE(Fe, moe_intermediate_size);
+        NEED_POSITIVE(K, num_experts_per_tok);
+        NEED_POSITIVE(G, n_group);
+        NEED(c->K <= c->E, "%s: num_experts_per_tok is %zu but there are only %zu experts "
               "(n_routed_experts)", file, c->K, c->E);
-        CHECK(c->E % c->G == 0, "%s: n_routed_experts %d cannot be split in n_group %d equal groups",
-              file, c->E, c->G);
-        CHECK(c->KG >= 1 && c->KG <= c->G, "%s: topk_group is %d; it must be 1 to n_group, %d",
+        NEED(c->E % c->G == 0,
+             "%s: n_routed_experts %zu cannot be split in n_group %zu equal groups", file, c->E,
+             c->G);
+        NEED(c->KG >= 1 && c->KG <= c->G, "%s: topk_group is %zu; it must be 1 to n_group, %zu",
               file, c->KG, c->G);
-        CHECK(c->G == 1 || c->E / c->G >= 2, "%s: n_group %d leaves %d expert a group; a group's "
+        NEED(c->G == 1 || c->E / c->G >= 2, "%s: n_group %zu leaves %zu expert a group; a group's "
               "score needs 2", file, c->G, c->E / c->G);
-        CHECK(c->K <= c->KG * (c->E / c->G), "%s: num_experts_per_tok is %d but topk_group %d "
-              "leaves %d experts", file, c->K, c->KG, c->KG * (c->E / c->G));
+        NEED(c->K <= c->KG * (c->E / c->G), "%s: num_experts_per_tok is %zu but topk_group %zu "
+              "leaves %zu experts", file, c->K, c->KG, c->KG * (c->E / c->G));
     }
-#define CHECK_REAL(symbol, key, ...) \
-    CHECK(isfinite(c->symbol) && c->symbol >= 0, "%s: " #key " is %g; it must be 0 or more", \
+#define NEED_REAL(symbol, key, ...) \
+    NEED(isfinite(c->symbol) && c->symbol >= 0, "%s: " #key " is %g; it must be 0 or more", \
           file, c->symbol);
-    CONFIG_REALS(CHECK_REAL)
-    CONFIG_YARN(CHECK_REAL)
-    CHECK(c->eps > 0 && c->theta > 1, "%s: rms_norm_eps must be above 0 and rope_theta above 1", file);
-    CHECK(c->yarn_factor == 0 || (c->yarn_factor >= 1 && c->yarn_original >= 1 &&
+    CONFIG_REALS(NEED_REAL)
+    CONFIG_YARN(NEED_REAL)
+    NEED(c->eps > 0 && c->theta > 1, "%s: rms_norm_eps must be above 0 and rope_theta above 1",
+         file);
+    NEED(c->yarn_factor == 0 || (c->yarn_factor >= 1 && c->yarn_original >= 1 &&
           c->yarn_fast > c->yarn_slow && c->yarn_slow > 0), "%s: rope_scaling needs factor >= 1, "
           "original_max_position_embeddings >= 1 and beta_fast > beta_slow > 0", file);
 }
 
-static int is_moe(const Config *c, int l) { return c->E > 0 && l >= c->dense; }
-static int is_mtp(const Config *c, int l) { return l >= c->L; }
-static int layers(const Config *c) { return c->L + c->D; } // MTP depth k is layer L + k - 1
+static int is_moe(const Config *c, size_t l) { return c->E > 0 && l >= c->dense; }
+static int is_mtp(const Config *c, size_t l) { return l >= c->L; }
+static size_t layers(const Config *c) { return c->L + c->D; } // MTP depth k is layer L + k - 1
 
 // ------------------------------------------------------------------------------------------------
 // 3  Parameters
@@ -355,21 +357,22 @@ static Layout layout_make(const Config *c)
 {
     Layout p = {NULL, 0, 0};
 #define COUNT(...) +1
-    size_t most = (size_t)(MODEL_PARAMS(COUNT)) + (size_t)(LAYER_PARAMS(COUNT)) * (size_t)layers(c);
+    size_t most = (size_t)(MODEL_PARAMS(COUNT)) + (size_t)(LAYER_PARAMS(COUNT)) * layers(c);
     p.tensor = (Tensor *)host_alloc(most, sizeof(Tensor));
-    int l = -1;
+    int layer = -1;
 #define LIST(type, field, present, count_, rows_, cols_, kind_, name_) \
     if (present) { \
         Tensor *t = &p.tensor[p.tensors++]; \
-        t->name = name_, t->layer = l, t->kind = kind_; \
+        t->name = name_, t->layer = layer, t->kind = kind_; \
         t->count = (size_t)(count_), t->rows = (size_t)(rows_), t->cols = (size_t)(cols_); \
         t->offset = p.elements; \
         p.elements += (size_mul(t->count, size_mul(t->rows, t->cols)) + 15) / 16 * 16; \
         size_mul(p.elements, sizeof(double) * 8); \
     }
     MODEL_PARAMS(LIST)
-    for (l = 0; l < layers(c); l++) {
+    for (size_t l = 0; l < layers(c); l++) {
         int moe = is_moe(c, l), mtp = is_mtp(c, l);
+        layer = (int)l;
         LAYER_PARAMS(LIST)
     }
     return p;
@@ -496,7 +499,8 @@ INLINE vec vec_load(const real *x) { return *(const vec_unaligned *)x; }
 INLINE void vec_store(real *x, vec v) { *(vec_unaligned *)x = v; }
 
 // Copies x[n,k] to a panel, to[p * width + i], with zeros for i >= n.
-INLINE void gemm_pack(real *to, const real *x, size_t row, size_t col, size_t n, size_t width, size_t k)
+INLINE void gemm_pack(real *to, const real *x, size_t row, size_t col, size_t n, size_t width,
+                      size_t k)
 {
     if (n < width) {
         memset(to, 0, width * k * sizeof *to);
@@ -515,8 +519,8 @@ INLINE void gemm_pack(real *to, const real *x, size_t row, size_t col, size_t n,
 
 // One tile: c[m,n] (+)= a[m,k] b[k,n], m <= MR and n <= nv * LANES, with b a packed panel. Rows of
 // a up to MR must be there.
-INLINE void gemm_tile(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row, size_t a_col,
-                   const real *b, size_t m, size_t n, size_t k, int add, int nv)
+INLINE void gemm_tile(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
+                      size_t a_col, const real *b, size_t m, size_t n, size_t k, int add, int nv)
 {
     vec zero = {0}, acc[MR][NV];
     UNROLL for (int i = 0; i < MR; i++)
@@ -589,9 +593,9 @@ static void gemm_blocked(real *c, size_t c_row, size_t c_col,
 }
 
 // Few rows times a transposed matrix, as in decoding: to pack b would take longer than the
-// product, and b is read only once. So here the vectors run along p: lane l of a sum takes every
-// p with p % LANES == l, at the end the lanes are added in pairs, then the rest of k. The order is the same for
-// any number of rows, but it is not that of gemm_blocked.
+// product. So here the vectors run along p: lane l of a sum takes every p with p % LANES == l, the
+// lanes are added in pairs, then what is left of k. The order is the same for any number of rows,
+// but it is not that of gemm_blocked.
 INLINE void dots(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
                  const real *b, size_t b_col, size_t n, size_t k, int add, size_t rows)
 {
@@ -666,30 +670,34 @@ static Rows all_rows(size_t rows)
 static size_t group_begin(Rows r, size_t e) { return r.offsets ? (size_t)r.offsets[e] : 0; }
 static size_t group_end(Rows r, size_t e) { return r.offsets ? (size_t)r.offsets[e + 1] : r.rows; }
 
-// Work is cut in tiles of the output, the same ones whatever the number of threads.
-enum { TILE_ROWS = 256, TILE_COLS = 256 };
+// Outputs are cut in tiles, the same ones whatever the number of threads: rows in equal parts of
+// whole MR, at most TILE_ROWS or so, columns as many as gemm packs at once.
+enum { TILE_ROWS = 256 };
 
 typedef struct {
     size_t group, row, rows, col, cols; // row counts over all groups
 } Tile;
 
+static size_t tiles_down(Rows r, size_t e)
+{
+    return ceil_div(group_end(r, e) - group_begin(r, e), TILE_ROWS);
+}
+
 static long count_tiles(Rows r, size_t cols)
 {
     size_t n = 0;
-    for (size_t e = 0; e < r.groups; e++)
-        n += ceil_div(group_end(r, e) - group_begin(r, e), TILE_ROWS);
-    return (long)(n * ceil_div(cols, TILE_COLS));
+    for (size_t e = 0; e < r.groups; e++) n += tiles_down(r, e);
+    return (long)(n * ceil_div(cols, NC));
 }
 
 static Tile find_tile(size_t i, Rows r, size_t cols)
 {
-    size_t across = ceil_div(cols, TILE_COLS), e = 0, tiles;
-    while (i >= (tiles = ceil_div(group_end(r, e) - group_begin(r, e), TILE_ROWS) * across)) {
-        i -= tiles;
-        e++;
-    }
-    size_t row = group_begin(r, e) + i / across * TILE_ROWS, col = i % across * TILE_COLS;
-    Tile t = {e, row, min_size(TILE_ROWS, group_end(r, e) - row), col, min_size(TILE_COLS, cols - col)};
+    size_t across = ceil_div(cols, NC), e = 0;
+    for (; i >= tiles_down(r, e) * across; e++) i -= tiles_down(r, e) * across;
+    size_t begin = group_begin(r, e), rows = group_end(r, e) - begin;
+    size_t height = ceil_div(ceil_div(rows, tiles_down(r, e)), MR) * MR;
+    size_t row = min_size(i / across * height, rows), col = i % across * NC;
+    Tile t = {e, begin + row, min_size(height, rows - row), col, min_size(NC, cols - col)};
     return t;
 }
 
@@ -729,14 +737,14 @@ static void matmul_backward_w(accum *dw,        // [groups, O, I], added to
                               const real *x,    // [rows, I]
                               Rows r, size_t O, size_t I)
 {
-    enum { TILE = 128 };
-    size_t down = ceil_div(O, TILE), across = ceil_div(I, TILE);
+    enum { TILE = 64 };
+    size_t down = ceil_div(O, TILE), across = ceil_div(I, NC);
     #pragma omp parallel for schedule(dynamic)
     for (long t = 0; t < (long)(r.groups * down * across); t++) {
         size_t e = (size_t)t / (down * across), begin = group_begin(r, e);
-        size_t o = (size_t)t / across % down * TILE, i = (size_t)t % across * TILE;
+        size_t o = (size_t)t / across % down * TILE, i = (size_t)t % across * NC;
         gemm(dw + (e * O + o) * I + i, I, 1, dout + begin * O + o, 1, O, x + begin * I + i, I, 1,
-             min_size(TILE, O - o), min_size(TILE, I - i), group_end(r, e) - begin, ADD);
+             min_size(TILE, O - o), min_size(NC, I - i), group_end(r, e) - begin, ADD);
     }
 }
 
@@ -1068,7 +1076,8 @@ static void router_forward(accum *s,          // [N, E] affinities
             int two[2], *kept = (int *)(group_score + G);
             for (size_t i = 0; i < G; i++) {
                 top_k(two, choice + i * size, size, 2);
-                group_score[i] = choice[i * size + (size_t)two[0]] + choice[i * size + (size_t)two[1]];
+                group_score[i] =
+                    choice[i * size + (size_t)two[0]] + choice[i * size + (size_t)two[1]];
             }
             top_k(kept, group_score, G, KG);
             for (size_t i = 0; i < G; i++) {
@@ -1082,7 +1091,8 @@ static void router_forward(accum *s,          // [N, E] affinities
         accum sum = 0;
         for (size_t k = 0; k < K; k++) sum += sn[taken[k]];
         for (size_t k = 0; k < K; k++)
-            g[n * K + k] = (accum)scale * (norm ? sn[taken[k]] / (sum + (accum)1e-20) : sn[taken[k]]);
+            g[n * K + k] =
+                (accum)scale * (norm ? sn[taken[k]] / (sum + (accum)1e-20) : sn[taken[k]]);
     }
 }
 
@@ -1209,7 +1219,8 @@ static void combine_forward(real *y,         // [N, C], added to
         }
 }
 
-// y[n] += sum_k g[n,k] out[row[n,k]]: dout[row[n,k]] = g[n,k] dy[n], dg[n,k] = dy[n] . out[row[n,k]].
+// y[n] += sum_k g[n,k] out[row[n,k]]:
+//     dout[row[n,k]] = g[n,k] dy[n],   dg[n,k] = dy[n] . out[row[n,k]].
 static void combine_backward(real *dout,      // [N K, C], set
                              accum *dg,       // [N, K], set
                              const real *dy,  // [N, C]
@@ -1359,8 +1370,8 @@ static Model model_make(const Config *c, int training)
     m.layout = layout_make(c);
     m.weights = (real *)device_alloc(size_mul(m.layout.elements, sizeof(real)));
     m.grads = training ? (accum *)device_alloc(size_mul(m.layout.elements, sizeof(accum))) : NULL;
-    m.layer = (LayerWeights *)host_alloc((size_t)layers(c), sizeof(LayerWeights));
-    m.dlayer = (LayerGrads *)host_alloc((size_t)layers(c), sizeof(LayerGrads));
+    m.layer = (LayerWeights *)host_alloc(layers(c), sizeof(LayerWeights));
+    m.dlayer = (LayerGrads *)host_alloc(layers(c), sizeof(LayerGrads));
     const Tensor *t = m.layout.tensor;
 #define BIND(type, field, present, ...) \
     w->field = (present) ? (type *)(m.weights + t->offset) : NULL; \
@@ -1371,7 +1382,7 @@ static Model model_make(const Config *c, int training)
         ModelGrads *dw = &m.dw;
         MODEL_PARAMS(BIND)
     }
-    for (int l = 0; l < layers(c); l++) {
+    for (size_t l = 0; l < layers(c); l++) {
         LayerWeights *w = &m.layer[l];
         LayerGrads *dw = &m.dlayer[l];
         int moe = is_moe(c, l), mtp = is_mtp(c, l);
@@ -1411,52 +1422,52 @@ enum { ALL = 1, FIRST = 2, LAST = 4, DENSE = 8, MOE = 16, MTP = 32 }; // sets of
 enum { VALUE = 1, GRADIENT = 2, BOTH = 3 };
 
 #define LAYER_ACTS(X) \
-    X(real,  e,       MTP,   BOTH,  N, c->C)                    /* embedding of the token ahead   */ \
-    X(real,  h_prev,  MTP,   BOTH,  N, c->C)                    /* what the previous head saw     */ \
-    X(real,  z,       MTP,   BOTH,  N, 2 * c->C)                /* [enorm(e); hnorm(h_prev)]      */ \
-    X(accum, rstd_e,  MTP,   VALUE, N, 1)                       /* 1 / rms of e, and so on        */ \
-    X(accum, rstd_hp, MTP,   VALUE, N, 1)                                                            \
-    X(real,  x,       FIRST | MTP, BOTH, N, c->C)               /* input of the block             */ \
-    X(real,  xn,      ALL,   BOTH,  N, c->C)                    /* its norm, seen by attention    */ \
-    X(accum, rstd_x,  ALL,   VALUE, N, 1)                                                            \
-    X(real,  q_a,     ALL,   BOTH,  N, c->Rq)                   /* query latent                   */ \
-    X(real,  c_q,     ALL,   BOTH,  N, c->Rq)                   /* its norm                       */ \
-    X(accum, rstd_q,  ALL,   VALUE, N, 1)                                                            \
-    X(real,  q,       ALL,   BOTH,  N, c->NH * (c->Dn + c->Dr)) /* queries, q_pe rotated          */ \
-    X(real,  kv_a,    ALL,   BOTH,  N, c->Rkv + c->Dr)          /* key-value latent, k_pe         */ \
-    X(real,  c_kv,    ALL,   BOTH,  N, c->Rkv)                  /* the latent's norm              */ \
-    X(accum, rstd_kv, ALL,   VALUE, N, 1)                                                            \
-    X(real,  k_pe,    ALL,   BOTH,  N, c->Dr)                   /* rotated                        */ \
-    X(real,  k_pe_heads, ALL, GRADIENT, N, c->NH * c->Dr)       /* of k_pe, from each head        */ \
-    X(real,  kv,      ALL,   BOTH,  N, c->NH * (c->Dn + c->Dv)) /* k_nope and v of each head      */ \
-    X(real,  o,       ALL,   BOTH,  N, c->NH * c->Dv)           /* output of the heads            */ \
-    X(accum, lse,     ALL,   VALUE, N, c->NH)                   /* of attention's softmax         */ \
-    X(real,  h,       ALL,   VALUE, N, c->C)                    /* x + attention                  */ \
-    X(real,  hn,      ALL,   BOTH,  N, c->C)                    /* its norm, seen by the MLPs     */ \
-    X(accum, rstd_h,  ALL,   VALUE, N, 1)                                                            \
-    X(real,  gate,    DENSE, BOTH,  N, c->F)                    /* dense MLP                      */ \
-    X(real,  up,      DENSE, BOTH,  N, c->F)                                                         \
-    X(real,  act,     DENSE, BOTH,  N, c->F)                                                         \
-    X(accum, s,       MOE,   BOTH,  N, c->E)                    /* affinities                     */ \
-    X(int,   topk,    MOE,   VALUE, N, c->K)                    /* experts taken                  */ \
-    X(accum, g,       MOE,   BOTH,  N, c->K)                    /* their weights                  */ \
-    X(int,   row,     MOE,   VALUE, N, c->K)                    /* where dispatch put the token   */ \
-    X(int,   offsets, MOE,   VALUE, 1, c->E + 1)                /* of each expert's rows          */ \
-    X(real,  xs,      MOE,   BOTH,  N * c->K, c->C)             /* tokens sorted by expert        */ \
-    X(real,  e_gate,  MOE,   BOTH,  N * c->K, c->Fe)            /* routed experts                 */ \
-    X(real,  e_up,    MOE,   BOTH,  N * c->K, c->Fe)                                                 \
-    X(real,  e_act,   MOE,   BOTH,  N * c->K, c->Fe)                                                 \
-    X(real,  e_out,   MOE,   BOTH,  N * c->K, c->C)                                                  \
-    X(real,  s_gate,  MOE,   BOTH,  N, c->S * c->Fe)            /* shared experts                 */ \
-    X(real,  s_up,    MOE,   BOTH,  N, c->S * c->Fe)                                                 \
-    X(real,  s_act,   MOE,   BOTH,  N, c->S * c->Fe)                                                 \
-    X(accum, balance, MOE,   VALUE, N, 1)                       /* loss of each sequence          */ \
-    X(accum, f,       MOE,   VALUE, N, c->E)                    /* loads in each sequence         */ \
-    X(real,  y,       ALL,   VALUE, N, c->C)                    /* output of the block            */ \
-    X(real,  out,     LAST | MTP, BOTH, N, c->C)                /* its norm, seen by the head     */ \
-    X(accum, rstd_y,  LAST | MTP, VALUE, N, 1)                                                       \
-    X(real,  logits,  LAST | MTP, BOTH, N, c->V)                                                     \
-    X(accum, lse_v,   LAST | MTP, VALUE, N, 1)                  /* of the head's softmax          */ \
+    X(real,  e,       MTP,   BOTH,  N, c->C)                   /* embedding of the token ahead */ \
+    X(real,  h_prev,  MTP,   BOTH,  N, c->C)                   /* what the previous head saw */ \
+    X(real,  z,       MTP,   BOTH,  N, 2 * c->C)               /* [enorm(e); hnorm(h_prev)] */ \
+    X(accum, rstd_e,  MTP,   VALUE, N, 1)                      /* 1 / rms of e, and so on */ \
+    X(accum, rstd_hp, MTP,   VALUE, N, 1) \
+    X(real,  x,       FIRST | MTP, BOTH, N, c->C)              /* input of the block */ \
+    X(real,  xn,      ALL,   BOTH,  N, c->C)                   /* its norm, seen by attention */ \
+    X(accum, rstd_x,  ALL,   VALUE, N, 1) \
+    X(real,  q_a,     ALL,   BOTH,  N, c->Rq)                  /* query latent */ \
+    X(real,  c_q,     ALL,   BOTH,  N, c->Rq)                  /* its norm */ \
+    X(accum, rstd_q,  ALL,   VALUE, N, 1) \
+    X(real,  q,       ALL,   BOTH,  N, c->NH * (c->Dn + c->Dr)) /* queries, q_pe rotated */ \
+    X(real,  kv_a,    ALL,   BOTH,  N, c->Rkv + c->Dr)         /* key-value latent, k_pe */ \
+    X(real,  c_kv,    ALL,   BOTH,  N, c->Rkv)                 /* the latent's norm */ \
+    X(accum, rstd_kv, ALL,   VALUE, N, 1) \
+    X(real,  k_pe,    ALL,   BOTH,  N, c->Dr)                  /* rotated */ \
+    X(real,  k_pe_heads, ALL, GRADIENT, N, c->NH * c->Dr)      /* of k_pe, from each head */ \
+    X(real,  kv,      ALL,   BOTH,  N, c->NH * (c->Dn + c->Dv)) /* k_nope and v of each head */ \
+    X(real,  o,       ALL,   BOTH,  N, c->NH * c->Dv)          /* output of the heads */ \
+    X(accum, lse,     ALL,   VALUE, N, c->NH)                  /* of attention's softmax */ \
+    X(real,  h,       ALL,   VALUE, N, c->C)                   /* x + attention */ \
+    X(real,  hn,      ALL,   BOTH,  N, c->C)                   /* its norm, seen by the MLPs */ \
+    X(accum, rstd_h,  ALL,   VALUE, N, 1) \
+    X(real,  gate,    DENSE, BOTH,  N, c->F)                   /* dense MLP */ \
+    X(real,  up,      DENSE, BOTH,  N, c->F) \
+    X(real,  act,     DENSE, BOTH,  N, c->F) \
+    X(accum, s,       MOE,   BOTH,  N, c->E)                   /* affinities */ \
+    X(int,   topk,    MOE,   VALUE, N, c->K)                   /* experts taken */ \
+    X(accum, g,       MOE,   BOTH,  N, c->K)                   /* their weights */ \
+    X(int,   row,     MOE,   VALUE, N, c->K)                   /* where dispatch put the token */ \
+    X(int,   offsets, MOE,   VALUE, 1, c->E + 1)               /* of each expert's rows */ \
+    X(real,  xs,      MOE,   BOTH,  N * c->K, c->C)            /* tokens sorted by expert */ \
+    X(real,  e_gate,  MOE,   BOTH,  N * c->K, c->Fe)           /* routed experts */ \
+    X(real,  e_up,    MOE,   BOTH,  N * c->K, c->Fe) \
+    X(real,  e_act,   MOE,   BOTH,  N * c->K, c->Fe) \
+    X(real,  e_out,   MOE,   BOTH,  N * c->K, c->C) \
+    X(real,  s_gate,  MOE,   BOTH,  N, c->S * c->Fe)           /* shared experts */ \
+    X(real,  s_up,    MOE,   BOTH,  N, c->S * c->Fe) \
+    X(real,  s_act,   MOE,   BOTH,  N, c->S * c->Fe) \
+    X(accum, balance, MOE,   VALUE, N, 1)                      /* loss of each sequence */ \
+    X(accum, f,       MOE,   VALUE, N, c->E)                   /* loads in each sequence */ \
+    X(real,  y,       ALL,   VALUE, N, c->C)                   /* output of the block */ \
+    X(real,  out,     LAST | MTP, BOTH, N, c->C)               /* its norm, seen by the head */ \
+    X(accum, rstd_y,  LAST | MTP, VALUE, N, 1) \
+    X(real,  logits,  LAST | MTP, BOTH, N, c->V) \
+    X(accum, lse_v,   LAST | MTP, VALUE, N, 1)                 /* of the head's softmax */ \
     X(accum, loss,    LAST | MTP, VALUE, N, 1)
 
 #define ACT_FIELD(type, field, ...) type *field;
@@ -1475,14 +1486,15 @@ static void *arena_take(Arena *a, size_t count, size_t size)
     return p;
 }
 
-static int layer_set(const Config *c, int l)
+static int layer_set(const Config *c, size_t l)
 {
     return ALL | (l == 0 ? FIRST : 0) | (l == c->L - 1 ? LAST : 0) | (is_mtp(c, l) ? MTP : 0) |
            (is_moe(c, l) ? MOE : DENSE);
 }
 
 // Values or gradients of the given sets of layers for N tokens.
-static void layer_acts_bind(Arena *arena, LayerActs *a, const Config *c, int set, int what, size_t N)
+static void layer_acts_bind(Arena *arena, LayerActs *a, const Config *c, int set, int what,
+                            size_t N)
 {
 #define BIND_ACT(type, field, sets, kept, rows, cols) \
     a->field = (set & (sets)) && (what & (kept)) \
@@ -1501,7 +1513,8 @@ typedef struct {
 // A forward pass of B sequences of T tokens, kept for the backward pass when training; otherwise
 // all layers share one set of activations and only the main model runs.
 typedef struct {
-    int training, depths; // depths that run, 0: the main model alone
+    int training;
+    size_t depths;        // of multi-token prediction that run
     size_t B, T;
     Arena arena;
     LayerActs *layer;     // [L + depths]
@@ -1513,21 +1526,21 @@ typedef struct {
 // Angles of rope_forward for positions 0 .. T-1 ([YaRN] 3.1-3.4 when rope_scaling is set).
 static accum *rope_table(const Config *c, size_t T)
 {
-    size_t Dr = (size_t)c->Dr;
+    size_t Dr = c->Dr;
     accum *table = (accum *)host_alloc(size_mul(T, Dr), sizeof(accum)); // [T, Dr]
     double low = 0, high = 0, m = 1;
     if (c->yarn_factor > 0) {
         // the dimension that turns `turns` times within the original context
 #define YARN_DIM(turns) \
-    (c->Dr * log(c->yarn_original / ((turns) * 6.283185307179586)) / (2 * log(c->theta)))
+    ((double)c->Dr * log(c->yarn_original / ((turns) * 6.283185307179586)) / (2 * log(c->theta)))
         low = fmax(floor(YARN_DIM(c->yarn_fast)), 0);
-        high = fmin(ceil(YARN_DIM(c->yarn_slow)), c->Dr - 1);
+        high = fmin(ceil(YARN_DIM(c->yarn_slow)), (double)c->Dr - 1);
         if (high == low) high += 0.001;
         m = (0.1 * c->yarn_mscale * log(c->yarn_factor) + 1) /
             (0.1 * c->yarn_mscale_all_dim * log(c->yarn_factor) + 1);
     }
     for (size_t j = 0; j < Dr; j += 2) {
-        double frequency = pow(c->theta, -(double)j / c->Dr);
+        double frequency = pow(c->theta, -(double)j / (double)c->Dr);
         if (c->yarn_factor > 0) { // slow dimensions are interpolated, fast ones kept
             double ramp = fmin(fmax(((double)j / 2 - low) / (high - low), 0), 1);
             frequency *= 1 - ramp + ramp / c->yarn_factor;
@@ -1553,18 +1566,19 @@ static void acts_bind(Acts *a, const Config *c)
 {
     a->arena.used = 0;
     int every_set = 0;
-    for (int l = 0; l < c->L + a->depths; l++) every_set |= layer_set(c, l);
-    for (int l = 0; l < c->L + a->depths; l++) {
-        size_t k = l < c->L ? 0 : (size_t)(l - c->L + 1), T = a->T > k ? a->T - k : 0;
+    for (size_t l = 0; l < c->L + a->depths; l++) every_set |= layer_set(c, l);
+    for (size_t l = 0; l < c->L + a->depths; l++) {
+        size_t k = l < c->L ? 0 : l - c->L + 1, T = a->T > k ? a->T - k : 0;
         LayerActs *al = &a->layer[l];
         if (a->training || l == 0)
-            layer_acts_bind(&a->arena, al, c, a->training ? layer_set(c, l) : every_set, VALUE, a->B * T);
+            layer_acts_bind(&a->arena, al, c, a->training ? layer_set(c, l) : every_set, VALUE,
+                            a->B * T);
         else
             *al = a->layer[0];
         if (l > 0 && l < c->L) al->x = a->layer[l - 1].y;
     }
     if (a->training) layer_acts_bind(&a->arena, &a->d, c, every_set, GRADIENT, a->B * a->T);
-    for (size_t k = 0; k <= (size_t)a->depths; k++) {
+    for (size_t k = 0; k <= a->depths; k++) {
         Batch *b = &a->batch[k];
         b->B = a->B;
         b->T = a->T > k ? a->T - k : 0;
@@ -1582,8 +1596,8 @@ static Acts acts_make(const Config *c, size_t B, size_t T, int training)
     a.depths = training ? c->D : 0;
     a.B = B;
     a.T = T;
-    a.layer = (LayerActs *)host_alloc((size_t)(c->L + a.depths), sizeof(LayerActs));
-    a.batch = (Batch *)host_alloc((size_t)a.depths + 1, sizeof(Batch));
+    a.layer = (LayerActs *)host_alloc(c->L + a.depths, sizeof(LayerActs));
+    a.batch = (Batch *)host_alloc(a.depths + 1, sizeof(Batch));
     a.rope = rope_table(c, T);
     acts_bind(&a, c); // measures
     a.arena.base = (char *)device_alloc(a.arena.used);
@@ -1604,7 +1618,7 @@ static void acts_free(Acts *a)
 static void acts_load(Acts *a, const int *tokens) // [B, T + 1], host memory
 {
     int *host = (int *)host_alloc(3 * a->B * a->T, sizeof(int));
-    for (size_t k = 0; k <= (size_t)a->depths; k++) {
+    for (size_t k = 0; k <= a->depths; k++) {
         Batch *b = &a->batch[k];
         size_t n = b->B * b->T;
         for (size_t i = 0; i < n; i++) {
@@ -1655,8 +1669,8 @@ static const double latent_eps = 1e-6; // of the two latent norms, whatever rms_
 static void mla_project(LayerActs *a, const LayerWeights *w, const Config *c, const int *pos,
                         const accum *rope, size_t N)
 {
-    size_t C = (size_t)c->C, NH = (size_t)c->NH, Rq = (size_t)c->Rq, Rkv = (size_t)c->Rkv;
-    size_t Dn = (size_t)c->Dn, Dr = (size_t)c->Dr, Dq = Dn + Dr;
+    size_t C = c->C, NH = c->NH, Rq = c->Rq, Rkv = c->Rkv;
+    size_t Dn = c->Dn, Dr = c->Dr, Dq = Dn + Dr;
     Rows r = all_rows(N);
     if (Rq) {
         matmul_forward(a->q_a, a->xn, w->wq_a, r, Rq, C, SET);
@@ -1675,8 +1689,8 @@ static void mla_project(LayerActs *a, const LayerWeights *w, const Config *c, co
 static void mla_forward(LayerActs *a, const LayerWeights *w, const Config *c, const Batch *b,
                         const accum *rope)
 {
-    size_t N = b->B * b->T, C = (size_t)c->C, NH = (size_t)c->NH, Rkv = (size_t)c->Rkv;
-    size_t Dn = (size_t)c->Dn, Dr = (size_t)c->Dr, Dv = (size_t)c->Dv;
+    size_t N = b->B * b->T, C = c->C, NH = c->NH, Rkv = c->Rkv;
+    size_t Dn = c->Dn, Dr = c->Dr, Dv = c->Dv;
     mla_project(a, w, c, b->pos, rope, N);
     matmul_forward(a->kv, a->c_kv, w->wkv_b, all_rows(N), NH * (Dn + Dv), Rkv, SET);
     attention_forward(a->o, a->lse, a->q, a->kv, a->k_pe, b->B, b->T, NH, Dn, Dr, Dv,
@@ -1688,8 +1702,8 @@ static void mla_forward(LayerActs *a, const LayerWeights *w, const Config *c, co
 static void mla_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const LayerWeights *w,
                          const Config *c, const Batch *b, const accum *rope)
 {
-    size_t N = b->B * b->T, C = (size_t)c->C, NH = (size_t)c->NH, Rq = (size_t)c->Rq;
-    size_t Rkv = (size_t)c->Rkv, Dn = (size_t)c->Dn, Dr = (size_t)c->Dr, Dv = (size_t)c->Dv;
+    size_t N = b->B * b->T, C = c->C, NH = c->NH, Rq = c->Rq;
+    size_t Rkv = c->Rkv, Dn = c->Dn, Dr = c->Dr, Dv = c->Dv;
     size_t Dq = Dn + Dr;
     Rows r = all_rows(N);
     // h = x + W_o o; d->x holds dh and, with what the norm will add, becomes dx
@@ -1725,23 +1739,23 @@ static void mla_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
 // y = h + sum of the shared experts + sum_k g_k expert_k ([V3] 12), or h + the dense MLP.
 static void ffn_forward(LayerActs *a, const LayerWeights *w, const Config *c, size_t N)
 {
-    size_t C = (size_t)c->C, E = (size_t)c->E, K = (size_t)c->K, Fe = (size_t)c->Fe;
+    size_t C = c->C, E = c->E, K = c->K, Fe = c->Fe;
     device_copy(a->y, a->h, N * C * sizeof(real));
     if (!w->w_router) {
         mlp_forward(a->y, a->gate, a->up, a->act, a->hn, w->w_gate, w->w_up, w->w_down,
-                    all_rows(N), C, (size_t)c->F, ADD);
+                    all_rows(N), C, c->F, ADD);
         return;
     }
     Rows experts = {a->offsets, E, N * K};
     router_forward(a->s, a->topk, a->g, a->hn, w->w_router, w->router_bias, N, C, E, K,
-                   (size_t)c->G, (size_t)c->KG, c->norm_topk, c->route_scale);
+                   c->G, c->KG, c->norm_topk, c->route_scale);
     dispatch_forward(a->xs, a->offsets, a->row, a->hn, a->topk, N, K, E, C);
     mlp_forward(a->e_out, a->e_gate, a->e_up, a->e_act, a->xs, w->e_gate, w->e_up, w->e_down,
                 experts, C, Fe, SET);
     combine_forward(a->y, a->e_out, a->g, a->row, N, K, C);
     if (c->S)
         mlp_forward(a->y, a->s_gate, a->s_up, a->s_act, a->hn, w->s_gate, w->s_up, w->s_down,
-                    all_rows(N), C, (size_t)c->S * Fe, ADD);
+                    all_rows(N), C, c->S * Fe, ADD);
 }
 
 // d->x holds dy, which is dh too but for what flows through hn. dbalance: of each sequence's
@@ -1749,13 +1763,13 @@ static void ffn_forward(LayerActs *a, const LayerWeights *w, const Config *c, si
 static void ffn_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const LayerWeights *w,
                          const Config *c, const Batch *b, double dbalance)
 {
-    size_t N = b->B * b->T, C = (size_t)c->C, E = (size_t)c->E, K = (size_t)c->K;
-    size_t Fe = (size_t)c->Fe;
+    size_t N = b->B * b->T, C = c->C, E = c->E, K = c->K;
+    size_t Fe = c->Fe;
     if (!w->w_router) {
         // y = h + mlp(hn)
         mlp_backward(d->hn, dw->w_gate, dw->w_up, dw->w_down, d->gate, d->up, d->act, d->x,
                      a->gate, a->up, a->act, a->hn, w->w_gate, w->w_up, w->w_down, all_rows(N), C,
-                     (size_t)c->F, SET);
+                     c->F, SET);
         return;
     }
     Rows experts = {a->offsets, E, N * K};
@@ -1775,20 +1789,20 @@ static void ffn_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
     if (c->S)
         mlp_backward(d->hn, dw->s_gate, dw->s_up, dw->s_down, d->s_gate, d->s_up, d->s_act, d->x,
                      a->s_gate, a->s_up, a->s_act, a->hn, w->s_gate, w->s_up, w->s_down,
-                     all_rows(N), C, (size_t)c->S * Fe, ADD);
+                     all_rows(N), C, c->S * Fe, ADD);
 }
 
 // A block: h = x + MLA(norm(x)), y = h + FFN(norm(h)).
 static void block_forward(LayerActs *a, const LayerWeights *w, const Config *c, const Batch *b,
                           const accum *rope)
 {
-    size_t N = b->B * b->T, C = (size_t)c->C;
+    size_t N = b->B * b->T, C = c->C;
     rmsnorm_forward(a->xn, a->rstd_x, a->x, w->attn_norm, N, C, C, C, c->eps);
     mla_forward(a, w, c, b, rope);
     rmsnorm_forward(a->hn, a->rstd_h, a->h, w->ffn_norm, N, C, C, C, c->eps);
     ffn_forward(a, w, c, N);
     if (w->w_router)
-        balance_forward(a->balance, a->f, a->s, b->B, b->T, (size_t)c->E, (size_t)c->K);
+        balance_forward(a->balance, a->f, a->s, b->B, b->T, c->E, c->K);
 }
 
 // In: d->x = dy. Out: d->x = dx.
@@ -1796,7 +1810,7 @@ static void block_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a,
                            const LayerWeights *w, const Config *c, const Batch *b,
                            const accum *rope, double dbalance)
 {
-    size_t N = b->B * b->T, C = (size_t)c->C;
+    size_t N = b->B * b->T, C = c->C;
     // y = h + FFN(norm(h))
     ffn_backward(d, dw, a, w, c, b, dbalance);
     rmsnorm_backward(d->x, dw->ffn_norm, d->hn, a->h, w->ffn_norm, a->rstd_h, N, C, C, C, ADD);
@@ -1810,7 +1824,7 @@ static void block_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a,
 static void mtp_forward(LayerActs *a, const LayerWeights *w, const real *embed, const int *token,
                         const Config *c, size_t N)
 {
-    size_t C = (size_t)c->C;
+    size_t C = c->C;
     embedding_forward(a->e, token, embed, N, C);
     rmsnorm_forward(a->z, a->rstd_e, a->e, w->enorm, N, C, 2 * C, C, c->eps);
     rmsnorm_forward(a->z + C, a->rstd_hp, a->h_prev, w->hnorm, N, C, 2 * C, C, c->eps);
@@ -1832,24 +1846,24 @@ static void mtp_backward(LayerActs *d, LayerGrads *dw, accum *dembed, const Laye
 }
 
 // The norm before the head is model.norm in the main model, shared_head.norm in an MTP layer.
-static const real *head_norm(const Model *m, int k)
+static const real *head_norm(const Model *m, size_t k)
 {
     return k ? m->layer[m->config.L + k - 1].head_norm : m->w.norm;
 }
 
 // logits = W_head norm(y)
-static void head_forward(const Model *m, LayerActs *a, int k, size_t N)
+static void head_forward(const Model *m, LayerActs *a, size_t k, size_t N)
 {
-    size_t C = (size_t)m->config.C;
+    size_t C = m->config.C;
     rmsnorm_forward(a->out, a->rstd_y, a->y, head_norm(m, k), N, C, C, C, m->config.eps);
-    matmul_forward(a->logits, a->out, m->w.lm_head, all_rows(N), (size_t)m->config.V, C, SET);
+    matmul_forward(a->logits, a->out, m->w.lm_head, all_rows(N), m->config.V, C, SET);
 }
 
 // mode ADD: d->out already holds what depth k + 1 sends back.
-static void head_backward(Model *m, LayerActs *d, const LayerActs *a, int k, size_t N,
+static void head_backward(Model *m, LayerActs *d, const LayerActs *a, size_t k, size_t N,
                           enum Mode mode)
 {
-    size_t C = (size_t)m->config.C, V = (size_t)m->config.V;
+    size_t C = m->config.C, V = m->config.V;
     accum *dnorm = k ? m->dlayer[m->config.L + k - 1].head_norm : m->dw.norm;
     matmul_backward_x(d->out, d->logits, m->w.lm_head, all_rows(N), V, C, mode);
     matmul_backward_w(m->dw.lm_head, d->logits, a->out, all_rows(N), V, C);
@@ -1860,21 +1874,21 @@ static void head_backward(Model *m, LayerActs *d, const LayerActs *a, int k, siz
 static void model_forward(const Model *m, Acts *a)
 {
     const Config *c = &m->config;
-    embedding_forward(a->layer[0].x, a->batch[0].token, m->w.embed, a->B * a->T, (size_t)c->C);
-    for (int l = 0; l < c->L; l++)
+    embedding_forward(a->layer[0].x, a->batch[0].token, m->w.embed, a->B * a->T, c->C);
+    for (size_t l = 0; l < c->L; l++)
         block_forward(&a->layer[l], &m->layer[l], c, &a->batch[0], a->rope);
-    for (int k = 0; k <= a->depths; k++) {
+    for (size_t k = 0; k <= a->depths; k++) {
         const Batch *b = &a->batch[k];
         LayerActs *al = &a->layer[c->L - 1 + k];
         if (k > 0) {
-            int l = c->L + k - 1;
+            size_t l = c->L + k - 1;
             crop_forward(al->h_prev, a->layer[l - 1].out, b->B, b->T, a->batch[k - 1].T,
-                         (size_t)c->C);
+                         c->C);
             mtp_forward(al, &m->layer[l], m->w.embed, b->token, c, b->B * b->T);
             block_forward(al, &m->layer[l], c, b, a->rope);
         }
         head_forward(m, al, k, b->B * b->T);
-        cross_entropy_forward(al->loss, al->lse_v, al->logits, b->target, b->B * b->T, (size_t)c->V);
+        cross_entropy_forward(al->loss, al->lse_v, al->logits, b->target, b->B * b->T, c->V);
     }
 }
 
@@ -1885,21 +1899,20 @@ static void model_backward(Model *m, Acts *a, double scale)
     const Config *c = &m->config;
     LayerActs *d = &a->d;
     double dbalance = scale * c->alpha / (double)a->B, dloss = scale / (double)(a->B * a->T);
-    for (int k = a->depths; k >= 0; k--) {
-        const Batch *b = &a->batch[k];
-        int l = c->L - 1 + k;
-        size_t N = b->B * b->T;
-        cross_entropy_backward(d->logits, k ? dloss * c->mtp_weight / c->D : dloss,
-                               a->layer[l].lse_v, a->layer[l].logits, b->target, N, (size_t)c->V);
-        head_backward(m, d, &a->layer[l], k, N, k == a->depths ? SET : ADD);
-        for (; l >= (k ? c->L - 1 + k : 0); l--)
+    for (size_t depth = a->depths + 1; depth-- > 0;) {
+        const Batch *b = &a->batch[depth];
+        size_t last = c->L - 1 + depth, first = depth ? last : 0, N = b->B * b->T;
+        cross_entropy_backward(d->logits, depth ? dloss * c->mtp_weight / (double)c->D : dloss,
+                               a->layer[last].lse_v, a->layer[last].logits, b->target, N, c->V);
+        head_backward(m, d, &a->layer[last], depth, N, depth == a->depths ? SET : ADD);
+        for (size_t l = last + 1; l-- > first;)
             block_backward(d, &m->dlayer[l], &a->layer[l], &m->layer[l], c, b, a->rope, dbalance);
-        if (k > 0) {
-            mtp_backward(d, &m->dlayer[l + 1], m->dw.embed, &a->layer[l + 1], &m->layer[l + 1],
-                         b->token, N, (size_t)c->C);
-            crop_backward(d->out, d->h_prev, b->B, b->T, a->batch[k - 1].T, (size_t)c->C);
+        if (depth > 0) {
+            mtp_backward(d, &m->dlayer[first], m->dw.embed, &a->layer[first], &m->layer[first],
+                         b->token, N, c->C);
+            crop_backward(d->out, d->h_prev, b->B, b->T, a->batch[depth - 1].T, c->C);
         } else {
-            embedding_backward(m->dw.embed, d->x, b->token, N, (size_t)c->C);
+            embedding_backward(m->dw.embed, d->x, b->token, N, c->C);
         }
     }
 }
@@ -1922,13 +1935,13 @@ static Losses model_losses(const Model *m, const Acts *a)
 {
     const Config *c = &m->config;
     Losses s = {0, 0, 0, 0};
-    for (int k = 0; k <= a->depths; k++) {
+    for (size_t k = 0; k <= a->depths; k++) {
         double mean = sum_of(a->layer[c->L - 1 + k].loss, a->batch[k].B * a->batch[k].T) /
                       (double)(a->B * a->T);
         if (k == 0) s.main = mean;
-        else s.mtp += mean / c->D;
+        else s.mtp += mean / (double)c->D;
     }
-    for (int l = 0; l < c->L + a->depths; l++)
+    for (size_t l = 0; l < c->L + a->depths; l++)
         if (is_moe(c, l)) s.balance += sum_of(a->layer[l].balance, a->B) / (double)a->B;
     s.total = s.main + (a->depths ? c->mtp_weight * s.mtp : 0) + c->alpha * s.balance;
     return s;
@@ -1968,8 +1981,9 @@ static void add_scaled(real *y, const real *x, double a, double b, size_t n)
 // One step of AdamW on n weights; step counts from 1, the gradient is taken times g_scale.
 //     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
 //     w -= lr (decay w + m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)).
-static void adamw_step(real *w, accum *m, accum *v, const accum *grad, size_t n, long step, double lr,
-                       double beta1, double beta2, double eps, double decay, double g_scale)
+static void adamw_step(real *w, accum *m, accum *v, const accum *grad, size_t n, long step,
+                       double lr, double beta1, double beta2, double eps, double decay,
+                       double g_scale)
 {
     accum b1 = (accum)beta1, b2 = (accum)beta2, e = (accum)eps, scale = (accum)g_scale;
     accum rate = (accum)(lr / (1 - pow(beta1, (double)step)));
@@ -2009,7 +2023,7 @@ typedef struct {
     size_t offset, rows, cols;
 } Matrix;
 
-// Element (i, j) of a [m, n] matrix that is stored [rows, cols], the other way round if rows > cols.
+// Element (i, j) of a [m, n] matrix that is stored [rows, cols], transposed if rows > cols.
 static size_t wide_index(Matrix a, size_t i, size_t j)
 {
     return a.rows <= a.cols ? i * a.cols + j : j * a.cols + i;
@@ -2113,11 +2127,11 @@ static int compare_shapes(const void *x, const void *y)
 static Optimizer optimizer_make(const Model *m, int muon)
 {
     Optimizer o;
-    size_t n = m->layout.elements, E = (size_t)m->config.E;
+    size_t n = m->layout.elements, E = m->config.E;
     memset(&o, 0, sizeof o);
     o.m = (accum *)device_alloc(size_mul(n, sizeof(accum)));
     o.v = (accum *)device_alloc(size_mul(n, sizeof(accum)));
-    o.load = (int *)device_alloc((size_t)layers(&m->config) * E * sizeof(int));
+    o.load = (int *)device_alloc(layers(&m->config) * E * sizeof(int));
     if (!muon) return o;
     size_t largest = 0;
     for (size_t i = 0; i < m->layout.tensors; i++) {
@@ -2161,9 +2175,9 @@ static void optimizer_free(Optimizer *o)
 // Remembers which experts the last forward pass used.
 static void optimizer_count_load(Optimizer *o, const Model *m, const Acts *a)
 {
-    for (int l = 0; l < m->config.L + a->depths; l++)
+    for (size_t l = 0; l < m->config.L + a->depths; l++)
         if (is_moe(&m->config, l))
-            count_load(o->load + l * m->config.E, a->layer[l].offsets, (size_t)m->config.E);
+            count_load(o->load + l * m->config.E, a->layer[l].offsets, m->config.E);
 }
 
 static void muon_step(Model *m, Optimizer *o, const Recipe *r, double g_scale)
@@ -2200,7 +2214,7 @@ static void optimizer_step(Optimizer *o, Model *m, const Recipe *r, double norm)
         const Tensor *t = &m->layout.tensor[i];
         size_t at = t->offset;
         if (t->kind == ROUTER_BIAS)
-            router_bias_step((accum *)m->weights + at, o->load + t->layer * m->config.E,
+            router_bias_step((accum *)m->weights + at, o->load + (size_t)t->layer * m->config.E,
                              t->cols, r->bias_speed);
         else if (t->kind != MATRIX || !r->muon)
             adamw_step(m->weights + at, o->m + at, o->v + at, m->grads + at, tensor_size(t),
@@ -2234,16 +2248,16 @@ static void decoder_bind(Decoder *s, size_t slots)
     const Config *c = &s->m->config;
     int sets = 0;
     s->arena.used = 0;
-    for (int l = 0; l < layers(c); l++) {
+    for (size_t l = 0; l < layers(c); l++) {
         size_t rows = size_mul(slots, s->capacity);
-        s->c_kv[l] = (real *)arena_take(&s->arena, size_mul(rows, (size_t)c->Rkv), sizeof(real));
-        s->k_pe[l] = (real *)arena_take(&s->arena, size_mul(rows, (size_t)c->Dr), sizeof(real));
+        s->c_kv[l] = (real *)arena_take(&s->arena, size_mul(rows, c->Rkv), sizeof(real));
+        s->k_pe[l] = (real *)arena_take(&s->arena, size_mul(rows, c->Dr), sizeof(real));
         sets |= layer_set(c, l);
     }
     layer_acts_bind(&s->arena, &s->a, c, sets, VALUE, s->max_rows);
-    size_t latents = size_mul(2 * s->max_rows, (size_t)c->NH * (size_t)c->Rkv);
+    size_t latents = size_mul(2 * s->max_rows, c->NH * c->Rkv);
     s->latent = (real *)arena_take(&s->arena, latents, sizeof(real));
-    s->hidden = (real *)arena_take(&s->arena, s->max_rows * (size_t)c->C, sizeof(real));
+    s->hidden = (real *)arena_take(&s->arena, s->max_rows * c->C, sizeof(real));
     s->token = (int *)arena_take(&s->arena, s->max_rows, sizeof(int));
     s->slot = (int *)arena_take(&s->arena, s->max_rows, sizeof(int));
     s->pos = (int *)arena_take(&s->arena, s->max_rows, sizeof(int));
@@ -2260,8 +2274,8 @@ static Decoder decoder_make(const Model *m, size_t slots, size_t window, size_t 
     s.capacity = window + max_rows; // new rows must not push out what the first of them sees
     s.max_rows = max_rows;
     s.positions = positions;
-    s.c_kv = (real **)host_alloc((size_t)layers(&m->config), sizeof(real *));
-    s.k_pe = (real **)host_alloc((size_t)layers(&m->config), sizeof(real *));
+    s.c_kv = (real **)host_alloc(layers(&m->config), sizeof(real *));
+    s.k_pe = (real **)host_alloc(layers(&m->config), sizeof(real *));
     s.rope = rope_table(&m->config, positions);
     decoder_bind(&s, slots); // measures
     s.arena.base = (char *)device_alloc(s.arena.used);
@@ -2278,13 +2292,13 @@ static void decoder_free(Decoder *s)
 }
 
 // block_forward with the cache in attention's place: a.x -> a.y.
-static void decode_block(Decoder *s, int l, size_t n)
+static void decode_block(Decoder *s, size_t l, size_t n)
 {
     const Config *c = &s->m->config;
     const LayerWeights *w = &s->m->layer[l];
     LayerActs *a = &s->a;
-    size_t C = (size_t)c->C, NH = (size_t)c->NH, Rkv = (size_t)c->Rkv;
-    size_t Dn = (size_t)c->Dn, Dr = (size_t)c->Dr, Dv = (size_t)c->Dv;
+    size_t C = c->C, NH = c->NH, Rkv = c->Rkv;
+    size_t Dn = c->Dn, Dr = c->Dr, Dv = c->Dv;
     rmsnorm_forward(a->xn, a->rstd_x, a->x, w->attn_norm, n, C, C, C, c->eps);
     mla_project(a, w, c, s->pos, s->rope, n);
     cache_store(s->c_kv[l], a->c_kv, s->slot, s->pos, n, Rkv, s->capacity);
@@ -2302,12 +2316,12 @@ static void decode_block(Decoder *s, int l, size_t n)
 static void decode(Decoder *s, const int *token, const int *slot, const int *pos, size_t n)
 {
     const Config *c = &s->m->config;
-    size_t C = (size_t)c->C;
+    size_t C = c->C;
     to_device(s->token, token, n * sizeof(int));
     to_device(s->slot, slot, n * sizeof(int));
     to_device(s->pos, pos, n * sizeof(int));
     embedding_forward(s->a.x, s->token, s->m->w.embed, n, C);
-    for (int l = 0; l < c->L; l++) {
+    for (size_t l = 0; l < c->L; l++) {
         decode_block(s, l, n);
         if (l == c->L - 1) break;
         real *swap = s->a.x;
@@ -2324,7 +2338,7 @@ static void decode_mtp(Decoder *s, const int *next, size_t n)
 {
     const Config *c = &s->m->config;
     to_device(s->token, next, n * sizeof(int));
-    device_copy(s->a.h_prev, s->hidden, n * (size_t)c->C * sizeof(real));
+    device_copy(s->a.h_prev, s->hidden, n * c->C * sizeof(real));
     mtp_forward(&s->a, &s->m->layer[c->L], s->m->w.embed, s->token, c, n);
     decode_block(s, c->L, n);
     head_forward(s->m, &s->a, 1, n);
@@ -2389,10 +2403,10 @@ typedef struct {
 // speculate: the MTP layer drafts one token more, which the next call checks together with the
 // token it is due to compute ([V3] 5.4.3). The draft is taken only where it is the token that
 // would have been drawn anyway, so the text is the same with and without.
-static Generation generate(Decoder *s, const Sampler *sampler, int *text, size_t length, size_t count,
-                           int speculate, void (*emit)(int token))
+static Generation generate(Decoder *s, const Sampler *sampler, int *text, size_t length,
+                           size_t count, int speculate, void (*emit)(int token))
 {
-    size_t V = (size_t)s->m->config.V, done = 0, end = length + count, prompt = length;
+    size_t V = s->m->config.V, done = 0, end = length + count, prompt = length;
     int *rows = (int *)host_alloc(3 * s->max_rows, sizeof(int)), draft = -1;
     int *slot = rows + s->max_rows, *pos = slot + s->max_rows;
     real *logits = (real *)host_alloc(V, sizeof(real));
@@ -2468,7 +2482,9 @@ static char *path_join(const char *directory, const char *name)
 // JSON, strictly as RFC 8259 has it, at most JSON_DEPTH deep, no key twice. A string's text lies in
 // the parsed buffer, its escapes replaced and a 0 after it.
 enum { JSON_DEPTH = 32 };
-enum JsonType { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT };
+enum JsonType {
+    JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT
+};
 
 typedef struct Json {
     enum JsonType type;
@@ -2610,7 +2626,8 @@ static void json_unique_keys(const Parser *p, const Json *object)
     for (const Json *j = object->child; j; j = j->next) key[n++] = j->key;
     qsort(key, n, sizeof(char *), compare_keys);
     for (size_t i = 1; i < n; i++)
-        if (!strcmp(key[i - 1], key[i])) die(BAD_INPUT, "%s: \"%s\" appears twice", p->file, key[i]);
+        if (!strcmp(key[i - 1], key[i]))
+            die(BAD_INPUT, "%s: \"%s\" appears twice", p->file, key[i]);
     free(key);
 }
 
@@ -2696,6 +2713,18 @@ static double config_number(const Json *j, const char *file, const char *key)
     return j->number;
 }
 
+// A whole number from 0 to most; *absent stands in for a key that may be missing.
+static size_t config_size(const Json *object, const char *file, const char *key, int most,
+                          const size_t *absent)
+{
+    const Json *j = json_get(object, key);
+    if (!j && !absent) die(BAD_INPUT, "%s: %s is missing", file, key);
+    double x = j ? config_number(j, file, key) : (double)*absent;
+    if (!(x >= 0 && x <= most && x == floor(x)))
+        die(BAD_INPUT, "%s: %s is %g; it must be a whole number from 0 to %d", file, key, x, most);
+    return (size_t)x;
+}
+
 // Dies if a key that this program knows in one sense only says another.
 static void config_expect(const Json *object, const char *file, const char *key, const char *value)
 {
@@ -2710,25 +2739,15 @@ static void config_expect(const Json *object, const char *file, const char *key,
 static Config config_from_json(const Json *j, const char *file)
 {
     Config c = config_preset(LAPTOP);
-    c.alpha = 0; // a key that is absent: what transformers takes for it, or nothing
-    c.D = 0;
-#define READ_INT(symbol, key, most, ...) \
-    { \
-        const Json *value = json_get(j, #key); \
-        const char *optional[] = {"q_lora_rank", "n_group", "topk_group", "norm_topk_prob", \
-                                  "num_nextn_predict_layers"}; \
-        int needed = 1; \
-        for (size_t i = 0; i < sizeof optional / sizeof *optional; i++) \
-            needed &= strcmp(optional[i], #key) != 0; \
-        if (!value && needed) die(BAD_INPUT, "%s: %s is missing", file, #key); \
-        double x = value ? config_number(value, file, #key) : c.symbol; \
-        if (!(x >= 0 && x <= (most) && x == floor(x))) \
-            die(BAD_INPUT, "%s: %s is %g; it must be a whole number from 0 to %d", file, #key, x, most); \
-        c.symbol = (int)x; \
-    }
+    c.D = c.Rq = 0; // an optional key that is absent says none, 1 group, normed weights
+    c.alpha = 0;
+#define READ_SIZE(symbol, key, most, ...) \
+    c.symbol = config_size(j, file, #key, most, \
+                           &c.symbol == &c.D || &c.symbol == &c.Rq || &c.symbol == &c.G || \
+                           &c.symbol == &c.KG || &c.symbol == &c.norm_topk ? &c.symbol : NULL);
 #define READ_REAL(symbol, key, ...) \
     if (json_get(j, #key)) c.symbol = config_number(json_get(j, #key), file, #key);
-    CONFIG_INTS(READ_INT)
+    CONFIG_SIZES(READ_SIZE)
     CONFIG_REALS(READ_REAL)
     const Json *yarn = json_get(j, "rope_scaling");
     if (yarn && yarn->type != JSON_NULL) {
@@ -2748,8 +2767,8 @@ static Config config_from_json(const Json *j, const char *file)
     config_expect(j, file, "attention_bias", "false");
     config_expect(j, file, "tie_word_embeddings", "false");
     const Json *heads = json_get(j, "num_key_value_heads"), *freq = json_get(j, "moe_layer_freq");
-    if (heads && config_number(heads, file, "num_key_value_heads") != c.NH)
-        die(BAD_INPUT, "%s: num_key_value_heads must equal num_attention_heads, %d", file, c.NH);
+    if (heads && config_number(heads, file, "num_key_value_heads") != (double)c.NH)
+        die(BAD_INPUT, "%s: num_key_value_heads must equal num_attention_heads, %zu", file, c.NH);
     if (freq && config_number(freq, file, "moe_layer_freq") != 1)
         die(BAD_INPUT, "%s: moe_layer_freq must be 1", file);
     config_check(&c, file);
@@ -2782,7 +2801,9 @@ static Output output_open(const char *directory, const char *name)
     o.temporary = (char *)host_alloc(n, 1);
     snprintf(o.temporary, n, "%s.tmp", o.path);
     o.f = fopen(o.temporary, "wb");
-    if (!o.f) die(BAD_INPUT, "%s: cannot write: %s; choose another directory", o.temporary, strerror(errno));
+    if (!o.f)
+        die(BAD_INPUT, "%s: cannot write: %s; choose another directory", o.temporary,
+            strerror(errno));
     return o;
 }
 
@@ -2790,7 +2811,8 @@ static void output_fail(const Output *o)
 {
     int error = errno;
     remove(o->temporary);
-    die(FAILED, "%s: cannot write: %s; what stood there before is unharmed", o->path, strerror(error));
+    die(FAILED, "%s: cannot write: %s; what stood there before is unharmed", o->path,
+        strerror(error));
 }
 
 static void output_write(const Output *o, const void *data, size_t bytes)
@@ -2821,12 +2843,13 @@ static void config_save(const Config *c, const char *directory)
     int n = snprintf(text, sizeof text, "{\n  \"architectures\": [\"DeepseekV3ForCausalLM\"],\n"
                      "  \"model_type\": \"deepseek_v3\",\n  \"torch_dtype\": \"float32\",\n");
 #define PRINT(...) n += snprintf(text + n, sizeof text - (size_t)n, __VA_ARGS__)
-#define PRINT_INT(symbol, key, ...) \
-    if (!strcmp(#key, "norm_topk_prob")) PRINT("  \"%s\": %s,\n", #key, c->symbol ? "true" : "false"); \
+#define PRINT_SIZE(symbol, key, ...) \
+    if (!strcmp(#key, "norm_topk_prob")) \
+        PRINT("  \"%s\": %s,\n", #key, c->symbol ? "true" : "false"); \
     else if (!strcmp(#key, "q_lora_rank") && !c->symbol) PRINT("  \"%s\": null,\n", #key); \
-    else PRINT("  \"%s\": %d,\n", #key, c->symbol);
+    else PRINT("  \"%s\": %zu,\n", #key, c->symbol);
 #define PRINT_REAL(symbol, key, ...) PRINT("  \"%s\": %.17g,\n", #key, c->symbol);
-    CONFIG_INTS(PRINT_INT)
+    CONFIG_SIZES(PRINT_SIZE)
     CONFIG_REALS(PRINT_REAL)
     if (c->yarn_factor > 0) {
         PRINT("  \"rope_scaling\": {\n");
@@ -2836,7 +2859,7 @@ static void config_save(const Config *c, const char *directory)
     } else {
         PRINT("  \"rope_scaling\": null,\n");
     }
-    PRINT("  \"num_key_value_heads\": %d,\n  \"moe_layer_freq\": 1,\n"
+    PRINT("  \"num_key_value_heads\": %zu,\n  \"moe_layer_freq\": 1,\n"
           "  \"scoring_func\": \"sigmoid\",\n  \"topk_method\": \"noaux_tc\",\n"
           "  \"seq_aux\": true,\n  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n"
           "  \"tie_word_embeddings\": false\n}\n", c->NH);
@@ -2964,7 +2987,8 @@ static Shard shard_open(const char *directory, const char *name)
     s.path = path_join(directory, name);
     s.f = fopen(s.path, "rb");
     if (!s.f) die(BAD_INPUT, "%s: cannot open: %s", s.path, strerror(errno));
-    if (fstat(fileno(s.f), &st) || !S_ISREG(st.st_mode)) die(BAD_INPUT, "%s: not a regular file", s.path);
+    if (fstat(fileno(s.f), &st) || !S_ISREG(st.st_mode))
+        die(BAD_INPUT, "%s: not a regular file", s.path);
     if (st.st_size < 8 || fread(prefix, 1, 8, s.f) != 8)
         die(BAD_INPUT, "%s: not a safetensors file: shorter than 8 bytes", s.path);
     for (int i = 0; i < 8; i++) length |= (uint64_t)prefix[i] << 8 * i;
@@ -3002,7 +3026,8 @@ static const size_t dtype_sizes[DTYPES] = {4, 2, 2};
 
 static size_t header_size(const Shard *s, const Json *j, const char *tensor)
 {
-    if (j->type != JSON_NUMBER || j->number < 0 || j->number > 0x1p53 || j->number != floor(j->number))
+    if (j->type != JSON_NUMBER || j->number < 0 || j->number > 0x1p53 ||
+        j->number != floor(j->number))
         die(BAD_INPUT, "%s: %s: sizes and offsets must be whole numbers", s->path, tensor);
     return (size_t)j->number;
 }
@@ -3085,8 +3110,9 @@ static Stored *stored_list(const Shard *shard, size_t shards, size_t *n)
 static float half_to_float(uint16_t h)
 {
     int exponent = h >> 10 & 31, mantissa = h & 1023;
-    float x = exponent == 31 ? (mantissa ? NAN : INFINITY) :
-              exponent ? ldexpf((float)(mantissa + 1024), exponent - 25) : ldexpf((float)mantissa, -24);
+    float x = exponent == 31 ? (mantissa ? NAN : INFINITY)
+              : exponent     ? ldexpf((float)(mantissa + 1024), exponent - 25)
+                             : ldexpf((float)mantissa, -24);
     return h >> 15 ? -x : x;
 }
 
@@ -3102,12 +3128,14 @@ static void stored_read(const Stored *t, real *to, size_t n)
         const unsigned char *b = raw + i * size; // little-endian
         union { uint32_t u; float f; } x;
         if (t->dtype == F32)
-            x.u = (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
+            x.u =
+                (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
         else if (t->dtype == BF16)
             x.u = (uint32_t)b[0] << 16 | (uint32_t)b[1] << 24;
         else
             x.f = half_to_float((uint16_t)(b[0] | b[1] << 8));
-        if (!isfinite(x.f)) die(BAD_INPUT, "%s: %s: element %zu is not a finite number", s->path, t->name, i);
+        if (!isfinite(x.f))
+            die(BAD_INPUT, "%s: %s: element %zu is not a finite number", s->path, t->name, i);
         to[i] = (real)x.f;
     }
     free(raw);
@@ -3139,7 +3167,8 @@ static Shard *shards_open(const char *directory, size_t *n)
         qsort(file, files, sizeof(char *), compare_keys);
         shard = (Shard *)host_alloc(files, sizeof(Shard));
         for (size_t i = 0; i < files; i++)
-            if (i == 0 || strcmp(file[i - 1], file[i])) shard[(*n)++] = shard_open(directory, file[i]);
+            if (i == 0 || strcmp(file[i - 1], file[i]))
+                shard[(*n)++] = shard_open(directory, file[i]);
         for (const Json *j = map->child; j; j = j->next)
             for (size_t i = 0; i < *n; i++)
                 if (!strcmp(strrchr(shard[i].path, '/') + 1, j->string) &&
@@ -3156,8 +3185,6 @@ static Shard *shards_open(const char *directory, size_t *n)
 // The released MTP layers carry copies of the embedding and the head, which the model shares.
 static int is_shared_copy(const char *name)
 {
-    const char *end = strrchr(name, '.');
-    while (end && end > name && *--end != '.') {}
     return strstr(name, "model.layers.") == name &&
            (strstr(name, ".embed_tokens.weight") || strstr(name, ".shared_head.head.weight"));
 }
@@ -3179,15 +3206,20 @@ static Model model_load(const char *directory, int training)
             tensor_name(name, t, k);
             Stored key;
             key.name = name;
-            Stored *s = stored ? (Stored *)bsearch(&key, list, stored, sizeof *list, compare_names) : NULL;
-            if (!s) die(BAD_INPUT, "%s: %s: is missing, though config.json calls for it", directory, name);
+            Stored *s =
+                stored ? (Stored *)bsearch(&key, list, stored, sizeof *list, compare_names) : NULL;
+            if (!s)
+                die(BAD_INPUT, "%s: %s: is missing, though config.json calls for it", directory,
+                    name);
             if (s->dims != dims || s->shape[0] != (dims == 1 ? t->cols : t->rows) ||
                 (dims == 2 && s->shape[1] != t->cols)) {
                 char expected[64];
                 snprintf(expected, sizeof expected, dims == 1 ? "[%zu]" : "[%zu, %zu]",
                          dims == 1 ? t->cols : t->rows, t->cols);
-                die(BAD_INPUT, dims == 1 || s->dims == 1 ? "%s: %s: its shape starts [%zu], expected %s" :
-                    "%s: %s: has %zu rows, expected shape %s", s->shard->path, name, s->shape[0], expected);
+                die(BAD_INPUT,
+                    dims == 1 || s->dims == 1 ? "%s: %s: its shape starts [%zu], expected %s"
+                                              : "%s: %s: has %zu rows, expected shape %s",
+                    s->shard->path, name, s->shape[0], expected);
             }
             stored_read(s, host, n);
             to_device(m.weights + t->offset + k * n, host, n * sizeof(real));
@@ -3197,7 +3229,8 @@ static Model model_load(const char *directory, int training)
     }
     for (size_t i = 0; i < stored; i++)
         if (!list[i].used && !is_shared_copy(list[i].name))
-            die(BAD_INPUT, "%s: %s: config.json has no place for it", list[i].shard->path, list[i].name);
+            die(BAD_INPUT, "%s: %s: config.json has no place for it", list[i].shard->path,
+                list[i].name);
     for (size_t i = 0; i < shards; i++) shard_close(&shard[i]);
     free(shard);
     free(list);
@@ -3211,53 +3244,58 @@ static Model model_load(const char *directory, int training)
 // Every option of the command line, once: commands that take it, type, field, --name, default,
 // what it takes, what it does.
 enum {
-    TRAIN = 1, SAMPLE = 2, EVAL = 4, CHECK_ = 8, MOST = TRAIN | SAMPLE | EVAL | CHECK_
+    TRAIN = 1, SAMPLE = 2, EVAL = 4, CHECK = 8, MOST = TRAIN | SAMPLE | EVAL | CHECK
 };
 #define OPTIONS(X) \
-    X(MOST,  text, model,   "model",   "",  "DIR",  "model directory to start from")                \
-    X(TRAIN | CHECK_, text, config, "config", "laptop", "FILE", "shape of a new model: a config.json"\
-      " or laptop, moonlight-16b, deepseek-v3")                                                     \
-    X(TRAIN | EVAL | CHECK_, text, data, "data", "", "FILE", "text to read")                        \
-    X(TRAIN, text, out,     "out",     "out/model", "DIR", "where the trained model goes")          \
-    X(CHECK_, text, dump,   "dump",    "",  "FILE", "write logits, losses and gradients there")     \
-    X(TRAIN, size, steps,   "steps",   "850", "N",  "steps to train")                               \
-    X(CHECK_, size, check_steps, "steps", "0", "N", "AdamW steps to take on the batch")             \
-    X(TRAIN | CHECK_, size, batch, "batch", "16", "B", "sequences at once")                         \
-    X(TRAIN | EVAL | CHECK_, size, seq, "seq", "0", "T", "tokens of a sequence; 0: the model's "    \
-      "max_position_embeddings")                                                                    \
-    X(TRAIN, size, accumulate, "accumulate", "1", "N", "batches whose gradients make one step")     \
-    X(TRAIN, text, optimizer, "optimizer", "muon", "NAME", "muon (for the hidden matrices; AdamW "  \
-      "for the rest) or adamw")                                                                     \
-    X(TRAIN, number, lr,    "lr",      "0.01", "X", "peak learning rate")                           \
-    X(CHECK_, number, check_lr, "lr",  "0.001", "X", "learning rate of --steps")                    \
-    X(TRAIN, number, adam_lr, "adam-lr", "0", "X",  "with muon, AdamW's peak learning rate; 0: --lr")\
-    X(TRAIN, size, warmup,  "warmup",  "20", "N",   "steps of linear warm-up")                      \
-    X(TRAIN, number, hold,  "hold",    "0", "X",    "share of the steps at the peak before the "    \
-      "cosine; V3 has 0.68")                                                                        \
-    X(TRAIN, number, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at")    \
-    X(TRAIN | CHECK_, number, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient")     \
-    X(TRAIN | CHECK_, number, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square")      \
-    X(TRAIN | CHECK_, number, decay, "weight-decay", "0.1", "X", "decoupled weight decay")          \
-    X(TRAIN | CHECK_, number, clip, "clip", "1", "X", "global gradient norm; 0: no clipping")       \
-    X(TRAIN, number, momentum, "momentum", "0.95", "X", "Muon's momentum")                          \
-    X(TRAIN | CHECK_, number, bias_speed, "bias-speed", "0.001", "X", "step of the routers' bias")  \
-    X(TRAIN, number, val_share, "val-share", "0.1", "X", "last part of the text, kept for validation")\
-    X(TRAIN, size, val_every, "val-every", "100", "N", "steps between validations; 0: at the end")  \
-    X(TRAIN, size, log_every, "log-every", "10", "N", "steps between lines, when piped")            \
-    X(SAMPLE, text, prompt, "prompt",  "\n", "TEXT", "what the text begins with")                   \
-    X(SAMPLE | TRAIN, size, tokens, "tokens", "300", "N", "tokens to generate")                     \
-    X(SAMPLE | TRAIN, number, temperature, "temperature", "0.8", "X", "0: always the likeliest token")\
-    X(SAMPLE | TRAIN, size, top_k, "top-k", "0", "K", "choose among the K likeliest; 0: all")       \
-    X(SAMPLE | TRAIN, number, top_p, "top-p", "0.95", "X", "choose among the likeliest that make "  \
-      "up this probability")                                                                        \
-    X(SAMPLE, flag, speculate, "speculate", "", "", "draft with the MTP layer; the text is the same")\
-    X(MOST,  size, seed,    "seed",    "1", "S",    "of all random numbers")                        \
-    X(MOST,  size, threads, "threads", "0", "N",    "0: as many as there are")
+    X(MOST, Text, model, "model", "", "DIR", "model directory to start from") \
+    X(TRAIN | CHECK, Text, config, "config", "laptop", "FILE", \
+      "new model: a config.json, laptop, moonlight-16b or deepseek-v3") \
+    X(TRAIN | EVAL | CHECK, Text, data, "data", "", "FILE", "text to read") \
+    X(TRAIN, Text, out, "out", "out/model", "DIR", "where the trained model goes") \
+    X(CHECK, Text, dump, "dump", "", "FILE", "write logits, losses and gradients there") \
+    X(TRAIN, Count, steps, "steps", "850", "N", "steps to train") \
+    X(CHECK, Count, check_steps, "steps", "0", "N", "AdamW steps to take on the batch") \
+    X(TRAIN | CHECK, Count, batch, "batch", "16", "B", "sequences at once") \
+    X(TRAIN | EVAL | CHECK, Count, seq, "seq", "0", "T", \
+      "tokens of a sequence; 0: max_position_embeddings") \
+    X(TRAIN, Count, accumulate, "accumulate", "1", "N", "batches whose gradients make one step") \
+    X(TRAIN, Text, optimizer, "optimizer", "muon", "NAME", \
+      "muon (hidden matrices; AdamW for the rest) or adamw") \
+    X(TRAIN, Number, lr, "lr", "0.01", "X", "peak learning rate") \
+    X(CHECK, Number, check_lr, "lr", "0.001", "X", "learning rate of --steps") \
+    X(TRAIN, Number, adam_lr, "adam-lr", "0", "X", \
+      "beside muon, peak learning rate of AdamW; 0: --lr") \
+    X(TRAIN, Count, warmup, "warmup", "20", "N", "steps of linear warm-up") \
+    X(TRAIN, Number, hold, "hold", "0", "X", \
+      "share of the steps at the peak, then the cosine; V3: 0.68") \
+    X(TRAIN, Number, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at") \
+    X(TRAIN | CHECK, Number, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
+    X(TRAIN | CHECK, Number, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
+    X(TRAIN | CHECK, Number, decay, "weight-decay", "0.1", "X", "decoupled weight decay") \
+    X(TRAIN | CHECK, Number, clip, "clip", "1", "X", "global gradient norm; 0: no clipping") \
+    X(TRAIN, Number, momentum, "momentum", "0.95", "X", "Muon's momentum") \
+    X(TRAIN | CHECK, Number, bias_speed, "bias-speed", "0.001", "X", "step of the routers' bias") \
+    X(TRAIN, Number, val_share, "val-share", "0.1", "X", \
+      "last part of the text, kept for validation") \
+    X(TRAIN, Count, val_every, "val-every", "100", "N", \
+      "steps between validations; 0: only at the end") \
+    X(TRAIN, Count, log_every, "log-every", "10", "N", "steps between lines when piped") \
+    X(SAMPLE, Text, prompt, "prompt", "\n", "TEXT", "what the text begins with") \
+    X(SAMPLE | TRAIN, Count, tokens, "tokens", "300", "N", "tokens to generate") \
+    X(SAMPLE | TRAIN, Number, temperature, "temperature", "0.8", "X", \
+      "0: always the likeliest token") \
+    X(SAMPLE | TRAIN, Count, top_k, "top-k", "0", "K", "choose among the K likeliest; 0: all") \
+    X(SAMPLE | TRAIN, Number, top_p, "top-p", "0.95", "X", \
+      "choose among the likeliest of this total probability") \
+    X(SAMPLE, Flag, speculate, "speculate", "", "", \
+      "draft with the MTP layer; the text stays the same") \
+    X(MOST, Count, seed, "seed", "1", "S", "of all random numbers") \
+    X(MOST, Count, threads, "threads", "0", "N", "0: as many as there are")
 
-typedef const char *text;
-typedef size_t size;
-typedef double number;
-typedef int flag;
+typedef const char *Text;
+typedef size_t Count;
+typedef double Number;
+typedef int Flag;
 
 #define OPTION_FIELD(commands, type, field, ...) type field;
 typedef struct { OPTIONS(OPTION_FIELD) } Options;
@@ -3271,20 +3309,20 @@ static void use_threads(size_t n)
 #endif
 }
 
-// The bytes of a text file as tokens.
+// The bytes of a text file, each a token.
 typedef struct {
     char *bytes;
     size_t n;
-} Text;
+} Data;
 
-static Text text_load(const char *path, const Config *c)
+static Data data_load(const char *path, const Config *c)
 {
-    Text t;
+    Data t;
     if (!*path) die(BAD_INPUT, "--data FILE is missing: the text to read");
     t.bytes = read_file(path, &t.n, (size_t)1 << 40);
     for (size_t i = 0; i < t.n; i++)
         if ((unsigned char)t.bytes[i] >= c->V)
-            die(BAD_INPUT, "%s: byte %zu is %d, outside the vocabulary of %d", path, i,
+            die(BAD_INPUT, "%s: byte %zu is %d, outside the vocabulary of %zu", path, i,
                 (unsigned char)t.bytes[i], c->V);
     return t;
 }
@@ -3307,7 +3345,8 @@ static double text_loss(const Model *m, const char *bytes, size_t n, size_t T)
         Acts a = acts_make(&m->config, B, t, 0);
         int *rows = (int *)host_alloc(B * (t + 1), sizeof(int));
         for (; at + B * t <= tokens && t; at += B * t) {
-            for (size_t b = 0; b < B; b++) tokens_copy(rows + b * (t + 1), bytes + at + b * t, t + 1);
+            for (size_t b = 0; b < B; b++)
+                tokens_copy(rows + b * (t + 1), bytes + at + b * t, t + 1);
             acts_load(&a, rows);
             model_forward(m, &a);
             sum += model_losses(m, &a).main * (double)(B * t);
@@ -3353,11 +3392,11 @@ static size_t window_start(uint64_t seed, size_t i, size_t n, size_t T)
 // Largest load of an expert over the mean load, of the layer where it is worst.
 static double worst_load(const Model *m, const Optimizer *o)
 {
-    size_t E = (size_t)m->config.E, n = (size_t)layers(&m->config) * E;
+    size_t E = m->config.E, n = layers(&m->config) * E;
     int *load = (int *)host_alloc(n, sizeof(int));
     double worst = 1;
     to_host(load, o->load, n * sizeof(int));
-    for (int l = 0; l < layers(&m->config); l++) {
+    for (size_t l = 0; l < layers(&m->config); l++) {
         double sum = 0, most = 0;
         for (size_t e = 0; e < E; e++) {
             sum += load[(size_t)l * E + e];
@@ -3380,13 +3419,14 @@ static Generation sample(const Model *m, const Options *o, const char *prompt, i
 {
     size_t n = strlen(prompt);
     Sampler s = {o->temperature, (int)o->top_k, o->top_p, o->seed};
-    size_t window = (size_t)m->config.Tmax, length = n + o->tokens;
+    size_t window = m->config.Tmax, length = n + o->tokens;
     Decoder d = decoder_make(m, 1, min_size(window, length), min_size(n + 1, 256), length + 1);
     int *tokens = (int *)host_alloc(length + 2, sizeof(int));
     tokens_copy(tokens, prompt, n);
     for (size_t i = 0; i < n; i++) {
-        if (tokens[i] >= m->config.V)
-            die(BAD_INPUT, "--prompt: byte %d is outside the vocabulary of %d", tokens[i], m->config.V);
+        if ((size_t)tokens[i] >= m->config.V)
+            die(BAD_INPUT, "--prompt: byte %d is outside the vocabulary of %zu", tokens[i],
+                m->config.V);
         print_token(tokens[i]);
     }
     Generation g = generate(&d, &s, tokens, n, o->tokens, speculate, print_token);
@@ -3411,9 +3451,9 @@ static Model model_from_options(const Options *o, int training)
 
 static size_t sequence_length(const Options *o, const Config *c)
 {
-    size_t T = o->seq ? o->seq : (size_t)c->Tmax;
-    if (T > (size_t)c->Tmax)
-        die(BAD_INPUT, "--seq is %zu; the model's max_position_embeddings is %d", T, c->Tmax);
+    size_t T = o->seq ? o->seq : c->Tmax;
+    if (T > c->Tmax)
+        die(BAD_INPUT, "--seq is %zu; the model's max_position_embeddings is %zu", T, c->Tmax);
     return T;
 }
 
@@ -3441,7 +3481,8 @@ static void print_progress(const Progress *p, const Options *o, size_t step, con
     double elapsed = now() - p->start, eta = elapsed / (double)step * (double)(o->steps - step);
     if (p->terminal) {
         int full = (int)(20 * step / o->steps);
-        printf("\r\033[K[%.*s%.*s] ", full, "####################", 20 - full, "....................");
+        printf("\r\033[K[%.*s%.*s] ", full, "####################", 20 - full,
+               "....................");
     }
     printf("step %zu/%zu loss %.4f val ", step, o->steps, p->train_loss);
     if (isfinite(p->val_loss)) printf("%.4f", p->val_loss);
@@ -3458,20 +3499,24 @@ static int command_train(const Options *o)
     Model m = model_from_options(o, 1);
     const Config *c = &m.config;
     size_t T = sequence_length(o, c), B = o->batch;
-    Text text = text_load(o->data, c);
+    Data text = data_load(o->data, c);
     if (o->steps == 0 || B == 0 || o->accumulate == 0)
         die(BAD_INPUT, "--steps, --batch and --accumulate must be at least 1");
-    if (!(o->val_share >= 0 && o->val_share < 1)) die(BAD_INPUT, "--val-share must be 0 or more and below 1");
+    if (!(o->val_share >= 0 && o->val_share < 1))
+        die(BAD_INPUT, "--val-share must be 0 or more and below 1");
     size_t n_train = (size_t)((double)text.n * (1 - o->val_share)), n_val = text.n - n_train;
     if (n_train < T + 1 || (o->val_share > 0 && n_val < 2))
-        die(BAD_INPUT, "%s: %zu bytes leave %zu for training; at least %zu are needed, or a smaller "
-            "--seq", o->data, text.n, n_train, T + 1);
+        die(BAD_INPUT,
+            "%s: %zu bytes leave %zu for training; at least %zu are needed, or a smaller "
+            "--seq",
+            o->data, text.n, n_train, T + 1);
     if (strcmp(o->optimizer, "muon") && strcmp(o->optimizer, "adamw"))
         die(BAD_INPUT, "--optimizer is %s; it must be muon or adamw", o->optimizer);
     make_directory(o->out);
     char *log_path = path_join(o->out, "log.csv");
     FILE *log = fopen(log_path, "w");
-    if (!log) die(BAD_INPUT, "%s: cannot write: %s; choose another --out", log_path, strerror(errno));
+    if (!log)
+        die(BAD_INPUT, "%s: cannot write: %s; choose another --out", log_path, strerror(errno));
     fprintf(log, "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr,seconds\n");
 
     Recipe recipe = recipe_from_options(o);
@@ -3483,15 +3528,17 @@ static int command_train(const Options *o)
     Progress p = {now(), NAN, NAN, isatty(1)};
     size_t params = 0;
     for (size_t i = 0; i < m.layout.tensors; i++) params += tensor_size(&m.layout.tensor[i]);
-    printf("%zu parameters, %d layers, %d experts of which %d work for a token; %zu x %zu tokens a "
-           "step, %s, %d threads\n", params, c->L, c->E, c->K, B * o->accumulate, T, o->optimizer,
-           thread_count());
+    printf(
+        "%zu parameters, %zu layers, %zu experts of which %zu work for a token; %zu x %zu tokens a "
+        "step, %s, %d threads\n",
+        params, c->L, c->E, c->K, B * o->accumulate, T, o->optimizer, thread_count());
     for (size_t step = 0; step < o->steps; step++) {
         Losses sum = {0, 0, 0, 0};
         for (size_t k = 0; k < o->accumulate; k++) {
             for (size_t b = 0; b < B; b++) {
                 size_t i = (step * o->accumulate + k) * B + b;
-                tokens_copy(tokens + b * (T + 1), text.bytes + window_start(o->seed, i, n_train, T), T + 1);
+                tokens_copy(tokens + b * (T + 1), text.bytes + window_start(o->seed, i, n_train, T),
+                            T + 1);
             }
             acts_load(&a, tokens);
             model_forward(&m, &a);
@@ -3514,11 +3561,12 @@ static int command_train(const Options *o)
         int last = step + 1 == o->steps;
         int validate = n_val > 1 && (last || (o->val_every && (step + 1) % o->val_every == 0));
         if (validate) // on a part while training, on all of it at the end
-            p.val_loss = text_loss(&m, text.bytes + n_train, last ? n_val : min_size(n_val, 16 * 1024 + 1), T);
+            p.val_loss = text_loss(&m, text.bytes + n_train,
+                                   last ? n_val : min_size(n_val, 16 * 1024 + 1), T);
         fprintf(log, "%zu,%.6f,", step + 1, sum.main);
         if (validate) fprintf(log, "%.6f", p.val_loss);
-        fprintf(log, ",%.6f,%.6f,%.4f,%.6f,%.8f,%.3f\n", sum.mtp, sum.balance, load, norm, recipe.lr,
-                now() - p.start);
+        fprintf(log, ",%.6f,%.6f,%.4f,%.6f,%.8f,%.3f\n", sum.mtp, sum.balance, load, norm,
+                recipe.lr, now() - p.start);
         if (p.terminal || last || (o->log_every && (step + 1) % o->log_every == 0))
             print_progress(&p, o, step + 1, &sum, load, norm, recipe.lr,
                            (double)((step + 1) * B * T * o->accumulate));
@@ -3531,10 +3579,12 @@ static int command_train(const Options *o)
         sample(&m, o, "\n", 0);
     }
     if (n_val > 1)
-        printf("\nvalidation loss %.4f over all %zu tokens of the validation split\n", p.val_loss, n_val - 1);
+        printf("\nvalidation loss %.4f over all %zu tokens of the validation split\n", p.val_loss,
+               n_val - 1);
     printf("trained in ");
     print_duration(now() - p.start);
-    printf("; the model is in %s: try ./moe sample --model %s --prompt \"ROMEO:\"\n", o->out, o->out);
+    printf("; the model is in %s: try ./moe sample --model %s --prompt \"ROMEO:\"\n", o->out,
+           o->out);
     free(tokens);
     free(log_path);
     free(text.bytes);
@@ -3555,7 +3605,8 @@ static int command_sample(const Options *o)
     Model m = model_load(o->model, 0);
     if (!*o->prompt) die(BAD_INPUT, "--prompt is empty; it needs at least one character");
     if (o->speculate && !m.config.D)
-        die(BAD_INPUT, "%s: has no multi-token prediction layer, which --speculate needs", o->model);
+        die(BAD_INPUT, "%s: has no multi-token prediction layer, which --speculate needs",
+            o->model);
     Generation g = sample(&m, o, o->prompt, o->speculate);
     fprintf(stderr, "%zu tokens, %.0f tokens/s", g.generated,
             g.generated > 1 ? (double)(g.generated - 1) / g.seconds : 0);
@@ -3571,8 +3622,9 @@ static int command_eval(const Options *o)
 {
     need_model(o);
     Model m = model_load(o->model, 0);
-    Text text = text_load(o->data, &m.config);
-    if (text.n < 2) die(BAD_INPUT, "%s: has %zu bytes; 2 are needed to predict one", o->data, text.n);
+    Data text = data_load(o->data, &m.config);
+    if (text.n < 2)
+        die(BAD_INPUT, "%s: has %zu bytes; 2 are needed to predict one", o->data, text.n);
     size_t T = min_size(sequence_length(o, &m.config), text.n - 1);
     printf("loss %.7f tokens %zu\n", text_loss(&m, text.bytes, text.n, T), text.n - 1);
     free(text.bytes);
@@ -3597,7 +3649,7 @@ static void check_dump(const Model *m, const Acts *a, const Losses *s, const cha
     const char *const names[4] = {"loss", "loss.main", "loss.mtp", "loss.balance"};
     to_device(losses, values, sizeof values);
     size_t count = 1;
-    Entry logits = {"logits", {a->B, a->T, (size_t)m->config.V}, 3,
+    Entry logits = {"logits", {a->B, a->T, m->config.V}, 3,
                     a->layer[m->config.L - 1].logits};
     entry[0] = logits;
     for (size_t i = 0; i < 4; i++, count++) {
@@ -3620,7 +3672,7 @@ static int command_check(const Options *o)
 {
     Model m = model_from_options(o, 1);
     size_t T = sequence_length(o, &m.config), B = o->batch;
-    Text text = text_load(o->data, &m.config);
+    Data text = data_load(o->data, &m.config);
     if (B == 0) die(BAD_INPUT, "--batch must be at least 1");
     if (text.n < size_mul(B, T + 1))
         die(BAD_INPUT, "%s: has %zu bytes; --batch %zu --seq %zu takes %zu", o->data, text.n, B, T,
@@ -3669,13 +3721,13 @@ static const Command commands[] = {
     {"train", TRAIN, command_train, "train a model on a text"},
     {"sample", SAMPLE, command_sample, "continue a prompt"},
     {"eval", EVAL, command_eval, "mean loss of a model over a text"},
-    {"check", CHECK_, command_check, "losses, gradients and steps on one batch, for comparison"},
+    {"check", CHECK, command_check, "losses, gradients and steps on one batch, for comparison"},
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
-static const char *parse_text(const char *name, const char *value) { (void)name; return value; }
+static const char *parse_Text(const char *name, const char *value) { (void)name; return value; }
 
-static size_t parse_size(const char *name, const char *value)
+static size_t parse_Count(const char *name, const char *value)
 {
     char *end;
     errno = 0;
@@ -3685,7 +3737,7 @@ static size_t parse_size(const char *name, const char *value)
     return (size_t)x;
 }
 
-static double parse_number(const char *name, const char *value)
+static double parse_Number(const char *name, const char *value)
 {
     char *end;
     double x = strtod(value, &end);
@@ -3694,13 +3746,14 @@ static double parse_number(const char *name, const char *value)
     return x;
 }
 
-static int parse_flag(const char *name, const char *value) { (void)name; return *value != 0; }
+static int parse_Flag(const char *name, const char *value) { (void)name; return *value != 0; }
 
 static void print_help(const Command *command)
 {
     if (!command) {
         printf("moe: DeepSeek in one C file\n\nusage: moe COMMAND [--option value ...]\n\n");
-        for (size_t i = 0; i < COMMANDS; i++) printf("  %-8s %s\n", commands[i].name, commands[i].what);
+        for (size_t i = 0; i < COMMANDS; i++)
+            printf("  %-8s %s\n", commands[i].name, commands[i].what);
         printf("\nmoe COMMAND --help lists its options.\n");
         return;
     }
@@ -3736,7 +3789,8 @@ static Options parse_options(const Command *command, int argc, char **argv)
             o.field = parse_##type(name, is_flag ? "yes" : value); \
         }
         OPTIONS(PARSE)
-        if (!known) die(BAD_INPUT, "unknown option %s; moe %s --help lists them", is, command->name);
+        if (!known)
+            die(BAD_INPUT, "unknown option %s; moe %s --help lists them", is, command->name);
         i += !is_flag;
     }
     return o;
