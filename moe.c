@@ -23,10 +23,11 @@ Papers, cited below as [V2] arXiv:2405.04434, [V3] arXiv:2412.19437, [YaRN] arXi
      6  Optimizers             AdamW, Muon, the router's bias                     [V3] 2.1.2
      7  Generation             latent cache, absorbed attention, speculation      [V2] 2.1.2
      8  Files                  JSON, safetensors, model directories
-     9  Training               data, schedule, progress
-    10  Command line
+     9  Options                the one table of the command line
+    10  Training               data, schedule, progress
+    11  Commands
 
-Sections 5 to 10 never mention a device: they call operations and move memory with device_*().
+Sections 5 to 11 never mention a device: they call operations and move memory with device_*().
 A pointer's comment gives its shape, rows first. An operation's outputs come before its inputs.
 */
 #define _POSIX_C_SOURCE 200809L
@@ -143,6 +144,15 @@ static double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) //
     double u = 1 - random_uniform(seed, stream, 2 * counter);
     double v = random_uniform(seed, stream, 2 * counter + 1);
     return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);
+}
+
+static void use_threads(size_t n)
+{
+#ifdef _OPENMP
+    if (n > 0) omp_set_num_threads((int)n);
+#else
+    (void)n;
+#endif
 }
 
 static int thread_count(void)
@@ -395,6 +405,9 @@ static void tensor_name(char name[NAME_MAX_LENGTH], const Tensor *t, size_t expe
 // ------------------------------------------------------------------------------------------------
 // 4  Operations
 
+// A gradient has the shape of what it is the gradient of. Gradients of weights are added to, those
+// of activations set unless a mode says ADD.
+
 #ifndef MOE_CUDA // moe.cu has the same operations, under the same names and in the same order
 
 // Memory that operations work on. Here it is the host's; on a GPU it is not.
@@ -406,6 +419,7 @@ static void to_device(void *to, const void *from, size_t bytes) { memcpy(to, fro
 static void to_host(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 
 enum Mode { SET, ADD }; // whether an output is overwritten or added to
+enum { SMALL = 1 << 14 }; // elements that are not worth waking the other threads for
 
 // Scratch memory of the calling thread, kept from call to call.
 static real *scratch(size_t n)
@@ -670,34 +684,39 @@ static Rows all_rows(size_t rows)
 static size_t group_begin(Rows r, size_t e) { return r.offsets ? (size_t)r.offsets[e] : 0; }
 static size_t group_end(Rows r, size_t e) { return r.offsets ? (size_t)r.offsets[e + 1] : r.rows; }
 
-// Outputs are cut in tiles, the same ones whatever the number of threads: rows in equal parts of
-// whole MR, at most TILE_ROWS or so, columns as many as gemm packs at once.
-enum { TILE_ROWS = 256 };
-
+// Work is cut in tiles of the output: rows in parts of whole MR, columns as many as gemm packs at
+// once. gemm packs its weights anew for each tile, so tiles are as tall as the threads allow.
 typedef struct {
     size_t group, row, rows, col, cols; // row counts over all groups
 } Tile;
 
-static size_t tiles_down(Rows r, size_t e)
+static size_t tile_height(Rows r)
 {
-    return ceil_div(group_end(r, e) - group_begin(r, e), TILE_ROWS);
+    size_t tall = ceil_div(r.rows, 2 * (size_t)thread_count());
+    return tall < 64 ? 64 : min_size(tall, 1024);
 }
 
-static long count_tiles(Rows r, size_t cols)
+static size_t tiles_down(Rows r, size_t e, size_t tall)
+{
+    return ceil_div(group_end(r, e) - group_begin(r, e), tall);
+}
+
+static long count_tiles(Rows r, size_t cols, size_t tall)
 {
     size_t n = 0;
-    for (size_t e = 0; e < r.groups; e++) n += tiles_down(r, e);
+    for (size_t e = 0; e < r.groups; e++) n += tiles_down(r, e, tall);
     return (long)(n * ceil_div(cols, NC));
 }
 
-static Tile find_tile(size_t i, Rows r, size_t cols)
+static Tile find_tile(size_t i, Rows r, size_t cols, size_t tall)
 {
-    size_t across = ceil_div(cols, NC), e = 0;
-    for (; i >= tiles_down(r, e) * across; e++) i -= tiles_down(r, e) * across;
+    size_t across = ceil_div(cols, NC), e = 0, down;
+    for (; i >= (down = tiles_down(r, e, tall)) * across; e++) i -= down * across;
     size_t begin = group_begin(r, e), rows = group_end(r, e) - begin;
-    size_t height = ceil_div(ceil_div(rows, tiles_down(r, e)), MR) * MR;
-    size_t row = min_size(i / across * height, rows), col = i % across * NC;
-    Tile t = {e, begin + row, min_size(height, rows - row), col, min_size(NC, cols - col)};
+    size_t panels = ceil_div(rows, MR), col = i % across * NC;
+    size_t row = panels * (i / across) / down * MR;
+    size_t end = min_size(panels * (i / across + 1) / down * MR, rows);
+    Tile t = {e, begin + row, end - row, col, min_size(NC, cols - col)};
     return t;
 }
 
@@ -707,44 +726,42 @@ static void matmul_forward(real *out,     // [rows, O], set or added to
                            const real *w, // [groups, O, I]
                            Rows r, size_t O, size_t I, enum Mode mode)
 {
-    long tiles = count_tiles(r, O);
-    #pragma omp parallel for schedule(dynamic) if (tiles > 1)
+    size_t tall = tile_height(r);
+    long tiles = count_tiles(r, O, tall);
+    #pragma omp parallel for schedule(dynamic) if (r.rows * O * I > 16 * SMALL)
     for (long i = 0; i < tiles; i++) {
-        Tile t = find_tile((size_t)i, r, O);
+        Tile t = find_tile((size_t)i, r, O, tall);
         gemm(out + t.row * O + t.col, O, 1, x + t.row * I, I, 1,
              w + (t.group * O + t.col) * I, 1, I, t.rows, t.cols, I, mode);
     }
 }
 
 // out = x W^T: dx[n,i] = sum_o dout[n,o] W_e[o,i].
-static void matmul_backward_x(real *dx,         // [rows, I], set or added to
-                              const real *dout, // [rows, O]
-                              const real *w,    // [groups, O, I]
-                              Rows r, size_t O, size_t I, enum Mode mode)
+static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r, size_t O, size_t I,
+                              enum Mode mode)
 {
-    long tiles = count_tiles(r, I);
-    #pragma omp parallel for schedule(dynamic) if (tiles > 1)
+    size_t tall = tile_height(r);
+    long tiles = count_tiles(r, I, tall);
+    #pragma omp parallel for schedule(dynamic) if (r.rows * O * I > 16 * SMALL)
     for (long i = 0; i < tiles; i++) {
-        Tile t = find_tile((size_t)i, r, I);
+        Tile t = find_tile((size_t)i, r, I, tall);
         gemm(dx + t.row * I + t.col, I, 1, dout + t.row * O, O, 1,
              w + t.group * O * I + t.col, I, 1, t.rows, t.cols, O, mode);
     }
 }
 
 // out = x W^T: dW_e[o,i] += sum_n dout[n,o] x[n,i].
-static void matmul_backward_w(accum *dw,        // [groups, O, I], added to
-                              const real *dout, // [rows, O]
-                              const real *x,    // [rows, I]
-                              Rows r, size_t O, size_t I)
+static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r, size_t O,
+                              size_t I)
 {
-    enum { TILE = 64 };
-    size_t down = ceil_div(O, TILE), across = ceil_div(I, NC);
+    size_t tall = r.groups >= 2 * (size_t)thread_count() ? 384 : 64;
+    size_t down = ceil_div(O, tall), across = ceil_div(I, NC);
     #pragma omp parallel for schedule(dynamic)
     for (long t = 0; t < (long)(r.groups * down * across); t++) {
         size_t e = (size_t)t / (down * across), begin = group_begin(r, e);
-        size_t o = (size_t)t / across % down * TILE, i = (size_t)t % across * NC;
+        size_t o = (size_t)t / across % down * tall, i = (size_t)t % across * NC;
         gemm(dw + (e * O + o) * I + i, I, 1, dout + begin * O + o, 1, O, x + begin * I + i, I, 1,
-             min_size(TILE, O - o), min_size(NC, I - i), group_end(r, e) - begin, ADD);
+             min_size(tall, O - o), min_size(NC, I - i), group_end(r, e) - begin, ADD);
     }
 }
 
@@ -755,7 +772,7 @@ static void rmsnorm_forward(real *out,     // [N, C]
                             const real *w, // [C]
                             size_t N, size_t C, size_t ld_out, size_t ld_x, double eps)
 {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * C > SMALL)
     for (size_t n = 0; n < N; n++) {
         const real *xn = x + n * ld_x;
         accum sum = 0;
@@ -769,15 +786,11 @@ static void rmsnorm_forward(real *out,     // [N, C]
 
 // out_i = x_i r w_i with r = (mean_j x_j^2 + eps)^(-1/2):
 // dx_i = r (dout_i w_i - x_i r^2 mean_j(dout_j w_j x_j)),  dw_i += sum_n dout_i x_i r.
-static void rmsnorm_backward(real *dx,         // [N, C], set or added to
-                             accum *dw,        // [C], added to
-                             const real *dout, // [N, C]
-                             const real *x,    // [N, C]
-                             const real *w,    // [C]
-                             const accum *rstd, // [N]
-                             size_t N, size_t C, size_t ld_dout, size_t ld_x, enum Mode mode)
+static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *x, const real *w,
+                             const accum *rstd, size_t N, size_t C, size_t ld_dout, size_t ld_x,
+                             enum Mode mode)
 {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * C > SMALL)
     for (size_t n = 0; n < N; n++) {
         const real *xn = x + n * ld_x, *dn = dout + n * ld_dout;
         real *dxn = dx + n * ld_x;
@@ -789,7 +802,7 @@ static void rmsnorm_backward(real *dx,         // [N, C], set or added to
         for (size_t i = 0; i < C; i++) dxn[i] += r * (dn[i] * w[i] - xn[i] * mean);
     }
     enum { STRIP = 32 }; // columns a thread sums alone, so that nobody shares a sum
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * C > SMALL)
     for (size_t begin = 0; begin < C; begin += STRIP) {
         size_t end = min_size(C, begin + STRIP);
         for (size_t n = 0; n < N; n++)
@@ -804,19 +817,15 @@ static void swiglu_forward(real *act,        // [n]
                            const real *up,   // [n]
                            size_t n)
 {
-    #pragma omp parallel for simd
+    #pragma omp parallel for simd if (parallel : n > SMALL)
     for (size_t i = 0; i < n; i++) act[i] = gate[i] * sigmoid(gate[i]) * up[i];
 }
 
 // act = silu(gate) up; silu'(z) = s + z s (1 - s) with s = sigmoid(z).
-static void swiglu_backward(real *dgate,      // [n], set
-                            real *dup,        // [n], set
-                            const real *dact, // [n]
-                            const real *gate, // [n]
-                            const real *up,   // [n]
-                            size_t n)
+static void swiglu_backward(real *dgate, real *dup, const real *dact, const real *gate,
+                            const real *up, size_t n)
 {
-    #pragma omp parallel for simd
+    #pragma omp parallel for simd if (parallel : n > SMALL)
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(gate[i]), silu = gate[i] * s;
         dup[i] = dact[i] * silu;
@@ -830,19 +839,16 @@ static void embedding_forward(real *out,        // [N, C]
                               const real *w,    // [V, C]
                               size_t N, size_t C)
 {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * C > SMALL)
     for (size_t n = 0; n < N; n++)
         memcpy(out + n * C, w + (size_t)token[n] * C, C * sizeof(real));
 }
 
 // out[n] = w[token[n]]: dw[token[n]] += dout[n].
-static void embedding_backward(accum *dw,        // [V, C], added to
-                               const real *dout, // [N, C]
-                               const int *token, // [N]
-                               size_t N, size_t C)
+static void embedding_backward(accum *dw, const real *dout, const int *token, size_t N, size_t C)
 {
     enum { STRIP = 32 }; // as in rmsnorm_backward
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * C > SMALL)
     for (size_t begin = 0; begin < C; begin += STRIP) {
         size_t end = min_size(C, begin + STRIP);
         for (size_t n = 0; n < N; n++)
@@ -860,58 +866,48 @@ static void crop_forward(real *out,      // [B, T, C]
 }
 
 // out[b,t] = in[b,t]: din[b,t] = dout[b,t] for t < T, 0 after.
-static void crop_backward(real *din,        // [B, Tin, C], set
-                          const real *dout, // [B, T, C]
-                          size_t B, size_t T, size_t Tin, size_t C)
+static void crop_backward(real *din, const real *dout, size_t B, size_t T, size_t Tin, size_t C)
 {
     memset(din, 0, B * Tin * C * sizeof(real));
     for (size_t b = 0; b < B; b++)
         memcpy(din + b * Tin * C, dout + b * T * C, T * C * sizeof(real));
 }
 
-// Rotary position embedding: the pair (x_2j, x_2j+1) of a row at position p turns by the angle
-// p theta_j, whose cosine and sine stand in table[p][2j], table[p][2j+1]. A row holds `heads`
-// vectors that stand `head` apart. out may be x.
-static void rope_forward(real *out,          // [N, heads, Dr], rows ld_out apart
-                         const real *x,      // [N, heads, Dr], rows ld_x apart
-                         const int *pos,     // [N]
-                         const accum *table, // [Tmax, Dr]
-                         size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
+// Turns the pair (x_2j, x_2j+1) of a row at position p by the angle p theta_j, whose cosine and
+// sine stand in table[p][2j], table[p][2j+1]; backwards if sign is -1. A row holds `heads` vectors
+// that stand `head` apart. out may be x.
+static void rope_turn(real *out, const real *x, const int *pos, const accum *table, accum sign,
+                      size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
 {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * heads * Dr > SMALL)
     for (size_t n = 0; n < N; n++)
         for (size_t h = 0; h < heads; h++) {
             const accum *angle = table + (size_t)pos[n] * Dr;
             const real *a = x + n * ld_x + h * head;
             real *o = out + n * ld_out + h * head;
             for (size_t j = 0; j < Dr; j += 2) {
-                real even = a[j], odd = a[j + 1];
-                o[j] = even * angle[j] - odd * angle[j + 1];
-                o[j + 1] = even * angle[j + 1] + odd * angle[j];
+                real even = a[j], odd = a[j + 1], cosine = angle[j], sine = sign * angle[j + 1];
+                o[j] = even * cosine - odd * sine;
+                o[j + 1] = even * sine + odd * cosine;
             }
         }
 }
 
-// out = R(p) x: dx = R(p)^T dout, the turn backwards. dx may be dout.
-static void rope_backward(real *dx,           // [N, heads, Dr], rows ld_dx apart, set
-                          const real *dout,   // [N, heads, Dr], rows ld_dout apart
-                          const int *pos,     // [N]
-                          const accum *table, // [Tmax, Dr]
-                          size_t N, size_t heads, size_t Dr, size_t ld_dx, size_t ld_dout,
-                          size_t head)
+// Rotary position embedding: out = R(p) x.
+static void rope_forward(real *out,          // [N, heads, Dr], rows ld_out apart
+                         const real *x,      // [N, heads, Dr], rows ld_x apart
+                         const int *pos,     // [N]
+                         const accum *table, // [Tmax, Dr]
+                         size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
 {
-    #pragma omp parallel for
-    for (size_t n = 0; n < N; n++)
-        for (size_t h = 0; h < heads; h++) {
-            const accum *angle = table + (size_t)pos[n] * Dr;
-            const real *o = dout + n * ld_dout + h * head;
-            real *a = dx + n * ld_dx + h * head;
-            for (size_t j = 0; j < Dr; j += 2) {
-                real even = o[j], odd = o[j + 1];
-                a[j] = even * angle[j] + odd * angle[j + 1];
-                a[j + 1] = odd * angle[j] - even * angle[j + 1];
-            }
-        }
+    rope_turn(out, x, pos, table, 1, N, heads, Dr, ld_out, ld_x, head);
+}
+
+// out = R(p) x: dx = R(p)^T dout, the turn backwards. dx may be dout.
+static void rope_backward(real *dx, const real *dout, const int *pos, const accum *table, size_t N,
+                          size_t heads, size_t Dr, size_t ld_dx, size_t ld_dout, size_t head)
+{
+    rope_turn(dx, dout, pos, table, -1, N, heads, Dr, ld_dx, ld_dout, head);
 }
 
 // Causal attention. Per head, with k_t = [k_nope_t; k_pe_t] and k_pe shared by all heads:
@@ -940,7 +936,7 @@ static void attention_forward(real *out,        // [B, T, NH, Dv]
                               double scale)
 {
     size_t Dq = Dn + Dr, Dkv = Dn + Dv;
-    #pragma omp parallel for
+    #pragma omp parallel for if (B * NH * T * T > SMALL)
     for (size_t bh = 0; bh < B * NH; bh++) {
         size_t b = bh / NH, h = bh % NH;
         real *k = scratch(T * Dq + ATTENTION_BLOCK * T), *p = k + T * Dq;
@@ -973,17 +969,13 @@ static void attention_forward(real *out,        // [B, T, NH, Dv]
 // out_t = sum_u p_tu v_u, p = softmax(scale q k^T), so with dp_tu = dout_t . v_u
 //     dv_u += sum_t p_tu dout_t,     ds_tu = scale p_tu (dp_tu - dout_t . out_t),
 //     dq_t  = sum_u ds_tu k_u,       dk_u += sum_t ds_tu q_t.
-static void attention_backward(real *dq,         // [B, T, NH, Dn + Dr], set
-                               real *dkv,        // [B, T, NH, Dn + Dv], set
-                               real *dk_pe,      // [B, T, Dr], set
-                               real *dk_pe_heads, // [B, NH, T, Dr], each head's part of it
-                               const real *dout, // [B, T, NH, Dv]
-                               const real *out, const accum *lse, const real *q, const real *kv,
-                               const real *k_pe, size_t B, size_t T, size_t NH, size_t Dn,
-                               size_t Dr, size_t Dv, double scale)
+static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_heads,
+                               const real *dout, const real *out, const accum *lse, const real *q,
+                               const real *kv, const real *k_pe, size_t B, size_t T, size_t NH,
+                               size_t Dn, size_t Dr, size_t Dv, double scale)
 {
     size_t Dq = Dn + Dr, Dkv = Dn + Dv;
-    #pragma omp parallel for
+    #pragma omp parallel for if (B * NH * T * T > SMALL)
     for (size_t bh = 0; bh < B * NH; bh++) {
         size_t b = bh / NH, h = bh % NH;
         real *k = scratch(2 * T * Dq + T * Dv + 2 * ATTENTION_BLOCK * T);
@@ -1022,7 +1014,7 @@ static void attention_backward(real *dq,         // [B, T, NH, Dn + Dr], set
             memcpy(dk_pe_heads + (bh * T + t) * Dr, dk + t * Dq + Dn, Dr * sizeof(real));
         }
     }
-    #pragma omp parallel for
+    #pragma omp parallel for if (B * NH * T * T > SMALL)
     for (size_t bt = 0; bt < B * T; bt++)
         for (size_t j = 0; j < Dr; j++) {
             accum sum = 0;
@@ -1064,7 +1056,7 @@ static void router_forward(accum *s,          // [N, E] affinities
 {
     matmul_forward(s, x, w, all_rows(N), E, C, SET);
     size_t size = E / G; // of a group
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * E > SMALL)
     for (size_t n = 0; n < N; n++) {
         accum *sn = s + n * E;
         real *choice = scratch(E + G + 2 * KG), *group_score = choice + E;
@@ -1099,14 +1091,11 @@ static void router_forward(accum *s,          // [N, E] affinities
 // The selection is a constant. With S = sum of the selected s + 1e-20 and g_k = scale s_k / S:
 //     ds_k += scale / S (dg_k - sum_j dg_j s_j / S);   without norm  ds_k += scale dg_k.
 // s = sigmoid(z), z = x W^T:   dz = ds s (1 - s),  dx += dz W,  dW += dz^T x.
-static void router_backward(real *dx,        // [N, C], added to
-                            accum *dw,       // [E, C], added to
-                            accum *ds,       // [N, E], in: from the balance loss; out: dz
-                            const accum *dg, // [N, K]
-                            const accum *s, const int *topk, const real *x, const real *w,
-                            size_t N, size_t C, size_t E, size_t K, int norm, double scale)
+static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, const accum *s,
+                            const int *topk, const real *x, const real *w, size_t N, size_t C,
+                            size_t E, size_t K, int norm, double scale)
 {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * E > SMALL)
     for (size_t n = 0; n < N; n++) {
         const accum *sn = s + n * E, *dgn = dg + n * K;
         const int *taken = topk + n * K;
@@ -1129,7 +1118,7 @@ static void balance_forward(accum *loss,    // [B]
                             const accum *s, // [B, T, E]
                             size_t B, size_t T, size_t E, size_t K)
 {
-    #pragma omp parallel for
+    #pragma omp parallel for if (B * T * E > SMALL)
     for (size_t b = 0; b < B; b++) {
         real *P = scratch(E + K);
         int *best = (int *)(P + E);
@@ -1152,13 +1141,10 @@ static void balance_forward(accum *loss,    // [B]
 
 // loss = sum_i f_i mean_t s_ti / S_t with S_t = sum_j s_tj, f a constant:
 //     ds_ti = dloss / T (f_i / S_t - sum_j f_j s_tj / S_t^2).
-static void balance_backward(accum *ds,      // [B, T, E], set
-                             double dloss,   // the same for every sequence
-                             const accum *f, // [B, E]
-                             const accum *s, // [B, T, E]
-                             size_t B, size_t T, size_t E)
+static void balance_backward(accum *ds, double dloss, const accum *f, const accum *s, size_t B,
+                             size_t T, size_t E)
 {
-    #pragma omp parallel for
+    #pragma omp parallel for if (B * T * E > SMALL)
     for (size_t n = 0; n < B * T; n++) {
         const accum *fb = f + n / T * E, *sn = s + n * E;
         accum sum = 0, dot = 0;
@@ -1183,18 +1169,16 @@ static void dispatch_forward(real *xs,        // [N K, C]
     for (size_t i = 0; i < N * K; i++) row[i] = offsets[topk[i]]++;
     for (size_t e = E; e > 0; e--) offsets[e] = offsets[e - 1]; // each had moved to its end
     offsets[0] = 0;
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * K * C > SMALL)
     for (size_t i = 0; i < N * K; i++)
         memcpy(xs + (size_t)row[i] * C, x + i / K * C, C * sizeof(real));
 }
 
 // xs[row[n,k]] = x[n]: dx[n] = sum_k dxs[row[n,k]].
-static void dispatch_backward(real *dx,        // [N, C], set or added to
-                              const real *dxs, // [N K, C]
-                              const int *row,  // [N, K]
-                              size_t N, size_t K, size_t C, enum Mode mode)
+static void dispatch_backward(real *dx, const real *dxs, const int *row, size_t N, size_t K,
+                              size_t C, enum Mode mode)
 {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * K * C > SMALL)
     for (size_t n = 0; n < N; n++) {
         if (mode == SET) memset(dx + n * C, 0, C * sizeof(real));
         for (size_t k = 0; k < K; k++) {
@@ -1211,7 +1195,7 @@ static void combine_forward(real *y,         // [N, C], added to
                             const int *row,  // [N, K]
                             size_t N, size_t K, size_t C)
 {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * K * C > SMALL)
     for (size_t n = 0; n < N; n++)
         for (size_t k = 0; k < K; k++) {
             const real *from = out + (size_t)row[n * K + k] * C;
@@ -1221,15 +1205,10 @@ static void combine_forward(real *y,         // [N, C], added to
 
 // y[n] += sum_k g[n,k] out[row[n,k]]:
 //     dout[row[n,k]] = g[n,k] dy[n],   dg[n,k] = dy[n] . out[row[n,k]].
-static void combine_backward(real *dout,      // [N K, C], set
-                             accum *dg,       // [N, K], set
-                             const real *dy,  // [N, C]
-                             const real *out, // [N K, C]
-                             const accum *g,  // [N, K]
-                             const int *row,  // [N, K]
-                             size_t N, size_t K, size_t C)
+static void combine_backward(real *dout, accum *dg, const real *dy, const real *out, const accum *g,
+                             const int *row, size_t N, size_t K, size_t C)
 {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * K * C > SMALL)
     for (size_t n = 0; n < N; n++)
         for (size_t k = 0; k < K; k++) {
             size_t at = (size_t)row[n * K + k] * C;
@@ -1250,7 +1229,7 @@ static void cross_entropy_forward(accum *loss,        // [N]
                                   const int *target,  // [N]
                                   size_t N, size_t V)
 {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * V > SMALL)
     for (size_t n = 0; n < N; n++) {
         const real *z = logits + n * V;
         real max = z[0];
@@ -1264,12 +1243,10 @@ static void cross_entropy_forward(accum *loss,        // [N]
 }
 
 // loss = lse - z_target: dz_v = dloss (exp(z_v - lse) - [v = target]); 0 where the target is -1.
-static void cross_entropy_backward(real *dlogits,      // [N, V], set
-                                   double dloss,       // the same for every row
-                                   const accum *lse, const real *logits, const int *target,
-                                   size_t N, size_t V)
+static void cross_entropy_backward(real *dlogits, double dloss, const accum *lse,
+                                   const real *logits, const int *target, size_t N, size_t V)
 {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N * V > SMALL)
     for (size_t n = 0; n < N; n++) {
         const real *z = logits + n * V;
         real *dz = dlogits + n * V, scale = target[n] < 0 ? 0 : (real)dloss;
@@ -1296,11 +1273,11 @@ static void latent_attention(real *out,         // [n, NH, Dv]
 {
     size_t Dq = Dn + Dr, width = Rkv + Dr;
     real *sums = latent + n * NH * Rkv;
-    #pragma omp parallel for
+    #pragma omp parallel for if (n * NH * Rkv * window > 16 * SMALL)
     for (size_t h = 0; h < NH; h++)
         gemm(latent + h * n * Rkv, Rkv, 1, q + h * Dq, NH * Dq, 1, w_b + h * (Dn + Dv) * Rkv,
              Rkv, 1, n, Rkv, Dn, SET);
-    #pragma omp parallel for schedule(dynamic)
+    #pragma omp parallel for schedule(dynamic) if (n * NH * Rkv * window > 16 * SMALL)
     for (size_t i = 0; i < n * NH; i++) {
         size_t row = i / NH, h = i % NH, last = (size_t)pos[row];
         size_t seen = min_size(last + 1, window), first = last + 1 - seen;
@@ -1329,7 +1306,7 @@ static void latent_attention(real *out,         // [n, NH, Dv]
         }
         for (size_t j = 0; j < Rkv; j++) o[j] /= sum;
     }
-    #pragma omp parallel for
+    #pragma omp parallel for if (n * NH * Rkv * window > 16 * SMALL)
     for (size_t h = 0; h < NH; h++)
         gemm(out + h * Dv, NH * Dv, 1, sums + h * n * Rkv, Rkv, 1,
              w_b + (h * (Dn + Dv) + Dn) * Rkv, 1, Rkv, n, Dv, Rkv, SET);
@@ -1974,7 +1951,7 @@ static double sum_squares(const accum *x, size_t n)
 // y = a x + b y.
 static void add_scaled(real *y, const real *x, double a, double b, size_t n)
 {
-    #pragma omp parallel for simd
+    #pragma omp parallel for simd if (parallel : n > SMALL)
     for (size_t i = 0; i < n; i++) y[i] = (real)a * x[i] + (real)b * y[i];
 }
 
@@ -1989,7 +1966,7 @@ static void adamw_step(real *w, accum *m, accum *v, const accum *grad, size_t n,
     accum rate = (accum)(lr / (1 - pow(beta1, (double)step)));
     accum correct2 = (accum)(1 / sqrt(1 - pow(beta2, (double)step)));
     accum keep = (accum)(1 - lr * decay);
-    #pragma omp parallel for simd
+    #pragma omp parallel for simd if (parallel : n > SMALL)
     for (size_t i = 0; i < n; i++) {
         accum g = grad[i] * scale;
         m[i] = b1 * m[i] + (1 - b1) * g;
@@ -3211,16 +3188,11 @@ static Model model_load(const char *directory, int training)
             if (!s)
                 die(BAD_INPUT, "%s: %s: is missing, though config.json calls for it", directory,
                     name);
-            if (s->dims != dims || s->shape[0] != (dims == 1 ? t->cols : t->rows) ||
-                (dims == 2 && s->shape[1] != t->cols)) {
-                char expected[64];
-                snprintf(expected, sizeof expected, dims == 1 ? "[%zu]" : "[%zu, %zu]",
-                         dims == 1 ? t->cols : t->rows, t->cols);
-                die(BAD_INPUT,
-                    dims == 1 || s->dims == 1 ? "%s: %s: its shape starts [%zu], expected %s"
-                                              : "%s: %s: has %zu rows, expected shape %s",
-                    s->shard->path, name, s->shape[0], expected);
-            }
+            size_t shape[2] = {dims == 1 ? t->cols : t->rows, dims == 1 ? 0 : t->cols};
+            if (s->dims != dims || s->shape[0] != shape[0] || s->shape[1] != shape[1])
+                die(BAD_INPUT, "%s: %s: has shape [%zu, %zu], expected [%zu, %zu] (0: no such "
+                    "dimension)", s->shard->path, name, s->shape[0], s->shape[1], shape[0],
+                    shape[1]);
             stored_read(s, host, n);
             to_device(m.weights + t->offset + k * n, host, n * sizeof(real));
             s->used = 1;
@@ -3239,7 +3211,7 @@ static Model model_load(const char *directory, int training)
 }
 
 // ------------------------------------------------------------------------------------------------
-// 9  Training
+// 9  Options
 
 // Every option of the command line, once: commands that take it, type, field, --name, default,
 // what it takes, what it does.
@@ -3300,14 +3272,8 @@ typedef int Flag;
 #define OPTION_FIELD(commands, type, field, ...) type field;
 typedef struct { OPTIONS(OPTION_FIELD) } Options;
 
-static void use_threads(size_t n)
-{
-#ifdef _OPENMP
-    if (n > 0) omp_set_num_threads((int)n);
-#else
-    (void)n;
-#endif
-}
+// ------------------------------------------------------------------------------------------------
+// 10  Training
 
 // The bytes of a text file, each a token.
 typedef struct {
@@ -3332,28 +3298,29 @@ static void tokens_copy(int *to, const char *bytes, size_t n)
     for (size_t i = 0; i < n; i++) to[i] = (unsigned char)bytes[i];
 }
 
-// Mean loss over every token but the first of bytes[0 .. n), in windows of T tokens that see
-// nothing before them; T - 1 are predicted anew ... the last window may be shorter.
+// Mean loss over every token of bytes[0 .. n) but the first, in windows of T tokens, of which each
+// sees what stands before it in its window. The last window may be shorter.
 static double text_loss(const Model *m, const char *bytes, size_t n, size_t T)
 {
-    size_t tokens = n - 1, whole = tokens / T, B = min_size(whole ? whole : 1, 4096 / T + 1);
+    size_t tokens = n - 1, most = ceil_div(4096, T);
+    int *rows = (int *)host_alloc(most * (T + 1), sizeof(int));
     double sum = 0;
-    for (size_t at = 0; at < tokens;) {
-        size_t t = T;
-        while (B > 1 && at + B * T > tokens) B--;
-        if (at + T > tokens) t = tokens - at;
-        Acts a = acts_make(&m->config, B, t, 0);
-        int *rows = (int *)host_alloc(B * (t + 1), sizeof(int));
-        for (; at + B * t <= tokens && t; at += B * t) {
-            for (size_t b = 0; b < B; b++)
-                tokens_copy(rows + b * (t + 1), bytes + at + b * t, t + 1);
-            acts_load(&a, rows);
-            model_forward(m, &a);
-            sum += model_losses(m, &a).main * (double)(B * t);
+    Acts a;
+    memset(&a, 0, sizeof a);
+    for (size_t at = 0; at < tokens; at += a.B * a.T) {
+        size_t t = min_size(T, tokens - at), B = min_size(most, (tokens - at) / t);
+        if (a.B != B || a.T != t) {
+            acts_free(&a);
+            a = acts_make(&m->config, B, t, 0);
         }
-        free(rows);
-        acts_free(&a);
+        for (size_t b = 0; b < B; b++)
+            tokens_copy(rows + b * (t + 1), bytes + at + b * t, t + 1);
+        acts_load(&a, rows);
+        model_forward(m, &a);
+        sum += model_losses(m, &a).main * (double)(B * t);
     }
+    free(rows);
+    acts_free(&a);
     return sum / (double)tokens;
 }
 
@@ -3594,6 +3561,9 @@ static int command_train(const Options *o)
     return 0;
 }
 
+// ------------------------------------------------------------------------------------------------
+// 11  Commands
+
 static void need_model(const Options *o)
 {
     if (!*o->model) die(BAD_INPUT, "--model DIR is missing: the directory of a trained model");
@@ -3707,9 +3677,6 @@ static int command_check(const Options *o)
     return 0;
 }
 
-// ------------------------------------------------------------------------------------------------
-// 10  Command line
-
 typedef struct {
     const char *name;
     int bit;
@@ -3812,3 +3779,24 @@ int main(int argc, char **argv)
     die(BAD_INPUT, "unknown command %s; moe --help lists them", argv[1]);
 }
 #endif
+
+/*
+MIT License
+
+Copyright (c) 2026 the moe.c developers
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
+OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+*/
