@@ -16,14 +16,15 @@ WARN = -std=c11 -Wall -Wextra -Wpedantic
 BUILD = $(CC) $(WARN) $(CFLAGS) $(OPENMP)
 
 DATA = tinyshakespeare/input.txt
+EXCERPT = tinyshakespeare/excerpt.txt
 
 moe: moe.c Makefile
 	$(BUILD) -o $@ moe.c -lm
 
 run: moe
-	@sh tinyshakespeare/fetch.sh || echo "training on tinyshakespeare/excerpt.txt instead"
-	./moe train --out out/shakespeare --data \
-	    $$(test -f $(DATA) && echo $(DATA) || echo tinyshakespeare/excerpt.txt)
+	@said=$$(sh tinyshakespeare/fetch.sh 2>&1) || said="$$said; training on $(EXCERPT) instead"; \
+	    test -z "$$said" || echo "$$said"
+	./moe train --out out/shakespeare --data $$(test -f $(DATA) && echo $(DATA) || echo $(EXCERPT))
 
 # The tests exist twice in one program: in float, as moe is, and in double, for gradients.
 test_moe: test_moe.c moe.c Makefile

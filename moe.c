@@ -438,7 +438,9 @@ static real *scratch(size_t n)
 // x = n ln 2 + r with |r| <= ln(2)/2; e^r by a polynomial, times 2^n through the exponent's bits.
 #ifdef MOE_DOUBLE
 static inline real fast_exp(real x) { return exp(x); }
+static inline real square_root(real x) { return sqrt(x); }
 #else
+static inline real square_root(real x) { return sqrtf(x); }
 static inline real fast_exp(real x)
 {
     float y = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
@@ -754,7 +756,9 @@ static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r,
 static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r, size_t O,
                               size_t I)
 {
-    size_t tall = r.groups >= 2 * (size_t)thread_count() ? 384 : 64;
+    size_t threads = (size_t)thread_count(), tall = O; // few tiles: gemm packs all of x for each
+    if (r.groups < 2 * threads) tall = ceil_div(ceil_div(O, threads), MR) * MR;
+    if (tall < 48) tall = 48;
     size_t down = ceil_div(O, tall), across = ceil_div(I, NC);
     #pragma omp parallel for schedule(dynamic)
     for (long t = 0; t < (long)(r.groups * down * across); t++) {
@@ -1948,13 +1952,6 @@ static double sum_squares(const accum *x, size_t n)
     return sum;
 }
 
-// y = a x + b y.
-static void add_scaled(real *y, const real *x, double a, double b, size_t n)
-{
-    #pragma omp parallel for simd if (parallel : n > SMALL)
-    for (size_t i = 0; i < n; i++) y[i] = (real)a * x[i] + (real)b * y[i];
-}
-
 // One step of AdamW on n weights; step counts from 1, the gradient is taken times g_scale.
 //     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
 //     w -= lr (decay w + m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)).
@@ -1966,12 +1963,12 @@ static void adamw_step(real *w, accum *m, accum *v, const accum *grad, size_t n,
     accum rate = (accum)(lr / (1 - pow(beta1, (double)step)));
     accum correct2 = (accum)(1 / sqrt(1 - pow(beta2, (double)step)));
     accum keep = (accum)(1 - lr * decay);
-    #pragma omp parallel for simd if (parallel : n > SMALL)
+    #pragma omp parallel for if (n > SMALL)
     for (size_t i = 0; i < n; i++) {
         accum g = grad[i] * scale;
         m[i] = b1 * m[i] + (1 - b1) * g;
         v[i] = b2 * v[i] + (1 - b2) * g * g;
-        w[i] = keep * w[i] - rate * m[i] / ((accum)sqrt(v[i]) * correct2 + e);
+        w[i] = keep * w[i] - rate * m[i] / (square_root(v[i]) * correct2 + e);
     }
 }
 
@@ -1995,85 +1992,78 @@ static void count_load(int *load, const int *offsets, size_t E)
     for (size_t e = 0; e < E; e++) load[e] += offsets[e + 1] - offsets[e];
 }
 
-// Where a matrix stands among the weights.
+// A = X X^T. It is symmetric: strips of rows are computed as far as the diagonal, then mirrored.
+static void gram(real *A,       // [m, m]
+                 const real *X, // [m, n]
+                 size_t m, size_t n)
+{
+    enum { STRIP = 48 };
+    for (size_t i = 0; i < m; i += STRIP) {
+        size_t rows = min_size(STRIP, m - i);
+        gemm(A + i * m, m, 1, X + i * n, n, 1, X, 1, n, rows, i + rows, n, SET);
+    }
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = i + 1; j < m; j++) A[i * m + j] = A[j * m + i];
+}
+
+// Makes X [m, n], m <= n, of norm <= 1, nearly orthogonal: five steps of
+//     A = X X^T,  X <- a X + (b A + c A^2) X,
+// which take every singular value close to 1 ([Muon]).
+static void newton_schulz(real *X,           // [m, n]
+                          real *Y,           // [m, n] workspace
+                          real *A, real *A2, // [m, m] workspace
+                          size_t m, size_t n)
+{
+    const real a = (real)3.4445, b = (real)-4.7750, c = (real)2.0315;
+    for (int step = 0; step < 5; step++) {
+        gram(A, X, m, n);
+        gram(A2, A, m, m);
+        for (size_t i = 0; i < m * m; i++) A2[i] = b * A[i] + c * A2[i];
+        gemm(Y, n, 1, A2, m, 1, X, n, 1, m, n, m, SET);
+        for (size_t i = 0; i < m * n; i++) X[i] = a * X[i] + Y[i];
+    }
+}
+
+// Where a matrix [rows, cols] stands among the weights, and the gradients and momenta.
 typedef struct {
     size_t offset, rows, cols;
 } Matrix;
 
-// Element (i, j) of a [m, n] matrix that is stored [rows, cols], transposed if rows > cols.
-static size_t wide_index(Matrix a, size_t i, size_t j)
-{
-    return a.rows <= a.cols ? i * a.cols + j : j * a.cols + i;
-}
-
-// First half of Muon: momentum = mu momentum + g, X = g + mu momentum (Nesterov), scaled to norm 1
-// and laid out wide, m <= n. The gradient is taken times g_scale.
-static void muon_gather(real *X,             // [count, m, n]
-                        accum *momentum,     // as the weights
-                        const accum *grad,   // as the weights
-                        const Matrix *matrix, // [count]
-                        size_t count, size_t m, size_t n, double mu, double g_scale)
+// One step of Muon on each matrix W, a thread to a matrix; the gradient is taken times g_scale.
+//     M = mu M + G,  X = orthogonal(G + mu M),  W -= lr (decay W + 0.2 sqrt(max(rows, cols)) X).
+// The factor gives steps the size that AdamW's have, so that one lr does for both (Moonlight, 2.2).
+static void muon_step(real *weights, accum *momentum, const accum *grads, const Matrix *matrix,
+                      size_t matrices, double lr, double mu_, double decay, double g_scale)
 {
     #pragma omp parallel for schedule(dynamic)
-    for (size_t c = 0; c < count; c++) {
-        Matrix a = matrix[c];
-        accum *buffer = momentum + a.offset;
-        const accum *g = grad + a.offset;
-        real *x = X + c * m * n;
-        accum mu_ = (accum)mu, scale = (accum)g_scale, square = 0;
+    for (size_t k = 0; k < matrices; k++) {
+        Matrix it = matrix[k];
+        int tall = it.rows > it.cols; // X is kept wide, m <= n
+        size_t m = tall ? it.cols : it.rows, n = tall ? it.rows : it.cols;
+        real *X = scratch(2 * m * n + 2 * m * m), *Y = X + m * n, *A = Y + m * n, *A2 = A + m * m;
+        accum *M = momentum + it.offset, mu = (accum)mu_, scale = (accum)g_scale, square = 0;
+        const accum *G = grads + it.offset;
+        real *W = weights + it.offset, rate = (real)(lr * 0.2 * sqrt((double)n));
         #pragma omp simd reduction(+ : square)
         for (size_t i = 0; i < m * n; i++) {
-            buffer[i] = mu_ * buffer[i] + scale * g[i];
-            accum u = scale * g[i] + mu_ * buffer[i];
-            square += u * u;
+            M[i] = mu * M[i] + scale * G[i];
+            Y[i] = scale * G[i] + mu * M[i];
+            square += Y[i] * Y[i];
         }
-        accum shrink = (accum)(1 / (sqrt((double)square) + 1e-30));
-        for (size_t i = 0; i < m; i++)
-            for (size_t j = 0; j < n; j++) {
-                size_t at = wide_index(a, i, j);
-                x[i * n + j] = shrink * (scale * g[at] + mu_ * buffer[at]);
+        real shrink = (real)(1 / (sqrt((double)square) + 1e-30)), keep = (real)(1 - lr * decay);
+        for (size_t i = 0; i < it.rows; i++)
+            for (size_t j = 0; j < it.cols; j++)
+                X[tall ? j * n + i : i * n + j] = shrink * Y[i * it.cols + j];
+        newton_schulz(X, Y, A, A2, m, n);
+        for (size_t i = 0; i < it.rows; i++)
+            for (size_t j = 0; j < it.cols; j++) {
+                real *w = W + i * it.cols + j;
+                *w = keep * *w - rate * X[tall ? j * n + i : i * n + j];
             }
     }
-}
-
-// Second half: w = (1 - lr decay) w - lr 0.2 sqrt(n) X. The factor gives a step the size AdamW's
-// has (Moonlight, 2.2), so that both take the same lr.
-static void muon_apply(real *weights, const real *X, const Matrix *matrix, size_t count, size_t m,
-                       size_t n, double lr, double decay)
-{
-    real keep = (real)(1 - lr * decay), rate = (real)(lr * 0.2 * sqrt((double)n));
-    #pragma omp parallel for schedule(dynamic)
-    for (size_t c = 0; c < count; c++)
-        for (size_t i = 0; i < m; i++)
-            for (size_t j = 0; j < n; j++) {
-                real *w = weights + matrix[c].offset + wide_index(matrix[c], i, j);
-                *w = keep * *w - rate * X[(c * m + i) * n + j];
-            }
 }
 
 #endif // MOE_CUDA
-
-// Makes each of count matrices X [m, n], m <= n, of norm <= 1, nearly orthogonal: five steps of
-//     A = X X^T,  X <- a X + (b A + c A^2) X,
-// which take every singular value close to 1 ([Muon]). The products are matmul's: for a matrix
-// times its transpose "weights" and "tokens" are the same rows.
-static void newton_schulz(real *X,            // [count, m, n]
-                          real *Y,            // [count, m, n] workspace
-                          real *A, real *A2,  // [count, m, m] workspace
-                          const int *offsets, // [count + 1]: 0, m, 2m ...
-                          size_t count, size_t m, size_t n)
-{
-    const double a = 3.4445, b = -4.7750, c = 2.0315;
-    Rows r = {offsets, count, count * m};
-    for (int step = 0; step < 5; step++) {
-        matmul_forward(A, X, X, r, m, n, SET);
-        matmul_forward(A2, A, A, r, m, m, SET);
-        add_scaled(A2, A, b, c, count * m * m);
-        device_copy(Y, X, count * m * n * sizeof(real));
-        matmul_backward_x(Y, A2, X, r, m, n, SET);
-        add_scaled(X, Y, 1, a, count * m * n);
-    }
-}
 
 typedef struct {
     int muon;             // for MATRIX tensors; the others always take AdamW
@@ -2085,23 +2075,11 @@ typedef struct {
     accum *m, *v; // as the weights; m is Muon's momentum where Muon works
     int *load;    // [L + D, E] tokens of each expert since the last step
     long step;    // steps taken
-    Matrix *matrix; // Muon's matrices, those of one shape together
-    size_t matrices, batch; // batch: elements that newton_schulz gets at once
-    real *X, *Y, *A, *A2;
-    int *offsets;
+    Matrix *matrix; // those that Muon trains
+    size_t matrices;
 } Optimizer;
 
-static int compare_shapes(const void *x, const void *y)
-{
-    const Matrix *a = (const Matrix *)x, *b = (const Matrix *)y;
-    size_t small_a = min_size(a->rows, a->cols), small_b = min_size(b->rows, b->cols);
-    size_t large_a = a->rows + a->cols - small_a, large_b = b->rows + b->cols - small_b;
-    if (small_a != small_b) return small_a < small_b ? -1 : 1;
-    if (large_a != large_b) return large_a < large_b ? -1 : 1;
-    return a->offset < b->offset ? -1 : 1;
-}
-
-static Optimizer optimizer_make(const Model *m, int muon)
+static Optimizer optimizer_make(const Model *m)
 {
     Optimizer o;
     size_t n = m->layout.elements, E = m->config.E;
@@ -2109,30 +2087,17 @@ static Optimizer optimizer_make(const Model *m, int muon)
     o.m = (accum *)device_alloc(size_mul(n, sizeof(accum)));
     o.v = (accum *)device_alloc(size_mul(n, sizeof(accum)));
     o.load = (int *)device_alloc(layers(&m->config) * E * sizeof(int));
-    if (!muon) return o;
-    size_t largest = 0;
-    for (size_t i = 0; i < m->layout.tensors; i++) {
-        const Tensor *t = &m->layout.tensor[i];
-        if (t->kind != MATRIX) continue;
-        o.matrices += t->count;
-        if (t->rows * t->cols > largest) largest = t->rows * t->cols;
-    }
+    for (size_t i = 0; i < m->layout.tensors; i++)
+        if (m->layout.tensor[i].kind == MATRIX) o.matrices += m->layout.tensor[i].count;
     o.matrix = (Matrix *)host_alloc(o.matrices, sizeof(Matrix));
-    o.matrices = 0;
+    Matrix *next = o.matrix;
     for (size_t i = 0; i < m->layout.tensors; i++) {
         const Tensor *t = &m->layout.tensor[i];
         for (size_t e = 0; e < t->count && t->kind == MATRIX; e++) {
-            Matrix a = {t->offset + e * t->rows * t->cols, t->rows, t->cols};
-            o.matrix[o.matrices++] = a;
+            Matrix it = {t->offset + e * t->rows * t->cols, t->rows, t->cols};
+            *next++ = it;
         }
     }
-    qsort(o.matrix, o.matrices, sizeof(Matrix), compare_shapes);
-    o.batch = largest > 1 << 20 ? largest : 1 << 20; // 4 MB: enough for every thread
-    o.X = (real *)device_alloc(o.batch * sizeof(real));
-    o.Y = (real *)device_alloc(o.batch * sizeof(real));
-    o.A = (real *)device_alloc(o.batch * sizeof(real));
-    o.A2 = (real *)device_alloc(o.batch * sizeof(real));
-    o.offsets = (int *)device_alloc((o.matrices + 1) * sizeof(int));
     return o;
 }
 
@@ -2141,11 +2106,6 @@ static void optimizer_free(Optimizer *o)
     device_free(o->m);
     device_free(o->v);
     device_free(o->load);
-    device_free(o->X);
-    device_free(o->Y);
-    device_free(o->A);
-    device_free(o->A2);
-    device_free(o->offsets);
     free(o->matrix);
 }
 
@@ -2155,28 +2115,6 @@ static void optimizer_count_load(Optimizer *o, const Model *m, const Acts *a)
     for (size_t l = 0; l < m->config.L + a->depths; l++)
         if (is_moe(&m->config, l))
             count_load(o->load + l * m->config.E, a->layer[l].offsets, m->config.E);
-}
-
-static void muon_step(Model *m, Optimizer *o, const Recipe *r, double g_scale)
-{
-    int *offsets = (int *)host_alloc(o->matrices + 1, sizeof(int));
-    for (size_t first = 0, count; first < o->matrices; first += count) {
-        Matrix shape = o->matrix[first];
-        size_t rows = min_size(shape.rows, shape.cols), cols = shape.rows + shape.cols - rows;
-        for (count = 0; first + count < o->matrices; count++) {
-            Matrix next = o->matrix[first + count];
-            if (min_size(next.rows, next.cols) != rows || next.rows + next.cols != rows + cols ||
-                (count + 1) * rows * cols > o->batch)
-                break;
-            offsets[count + 1] = (int)((count + 1) * rows);
-        }
-        to_device(o->offsets, offsets, (count + 1) * sizeof(int));
-        muon_gather(o->X, o->m, m->grads, o->matrix + first, count, rows, cols, r->momentum,
-                    g_scale);
-        newton_schulz(o->X, o->Y, o->A, o->A2, o->offsets, count, rows, cols);
-        muon_apply(m->weights, o->X, o->matrix + first, count, rows, cols, r->lr, r->decay);
-    }
-    free(offsets);
 }
 
 static double grad_norm(const Model *m) { return sqrt(sum_squares(m->grads, m->layout.elements)); }
@@ -2198,7 +2136,9 @@ static void optimizer_step(Optimizer *o, Model *m, const Recipe *r, double norm)
                        o->step, r->adam_lr, r->beta1, r->beta2, r->eps,
                        t->kind == NORM ? 0 : r->decay, g_scale);
     }
-    if (r->muon) muon_step(m, o, r, g_scale);
+    if (r->muon)
+        muon_step(m->weights, o->m, m->grads, o->matrix, o->matrices, r->lr, r->momentum, r->decay,
+                  g_scale);
     device_zero(m->grads, m->layout.elements * sizeof(accum));
 }
 
@@ -3490,7 +3430,7 @@ static int command_train(const Options *o)
     recipe.muon = !strcmp(o->optimizer, "muon");
     double adam_lr = o->adam_lr > 0 ? o->adam_lr : o->lr;
     Acts a = acts_make(c, B, T, 1);
-    Optimizer opt = optimizer_make(&m, recipe.muon);
+    Optimizer opt = optimizer_make(&m);
     int *tokens = (int *)host_alloc(B * (T + 1), sizeof(int));
     Progress p = {now(), NAN, NAN, isatty(1)};
     size_t params = 0;
@@ -3650,7 +3590,7 @@ static int command_check(const Options *o)
     int *tokens = (int *)host_alloc(B * (T + 1), sizeof(int));
     tokens_copy(tokens, text.bytes, B * (T + 1));
     Acts a = acts_make(&m.config, B, T, 1);
-    Optimizer opt = optimizer_make(&m, 0);
+    Optimizer opt = optimizer_make(&m);
     Recipe recipe = recipe_from_options(o);
     acts_load(&a, tokens);
     for (size_t step = 0; step <= o->check_steps; step++) {
