@@ -148,6 +148,7 @@ static double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) //
 
 static void use_threads(size_t n)
 {
+    if (n > 1024) die(BAD_INPUT, "--threads is %zu; at most 1024 make sense", n);
 #ifdef _OPENMP
     if (n > 0) omp_set_num_threads((int)n);
 #else
@@ -585,7 +586,7 @@ static void gemm_blocked(real *c, size_t c_row, size_t c_col,
             size_t nc = min_size(NC, n - j0), kc = min_size(KC, k - p0);
             for (size_t j = 0; j < nc; j += NR)
                 gemm_pack(b_pack + j * kc, b + p0 * b_row + (j0 + j) * b_col, b_col, b_row,
-                     min_size(NR, nc - j), NR, kc);
+                          min_size(NR, nc - j), NR, kc);
             for (size_t i = 0; i < m; i += MR) {
                 const real *ai = a + i * a_row + p0 * a_col;
                 size_t ai_row = a_row, ai_col = a_col, mr = min_size(MR, m - i);
@@ -3364,40 +3365,88 @@ static size_t sequence_length(const Options *o, const Config *c)
     return T;
 }
 
-static Recipe recipe_from_options(const Options *o)
-{
-    Recipe r = {0, o->check_lr, o->check_lr, o->beta1, o->beta2, 1e-8, o->decay, o->clip,
-                o->momentum, o->bias_speed};
-    return r;
-}
-
-typedef struct {
-    double start, val_loss, train_loss;
-    int terminal;
-} Progress;
-
 static void print_duration(double s)
 {
     if (s < 60) printf("%.0fs", s);
     else printf("%.0fm%02.0fs", floor(s / 60), floor(fmod(s, 60)));
 }
 
-static void print_progress(const Progress *p, const Options *o, size_t step, const Losses *s,
-                           double load, double norm, double lr, double tokens)
+// A run of training.
+typedef struct {
+    Data text;
+    size_t n_train;           // bytes of it that train; the rest validates
+    size_t B, T;
+    int *tokens;              // [B, T + 1]
+    double start;             // time
+    double val_loss;          // of the last validation, NAN before
+    double train_loss;        // running mean
+} Run;
+
+static Recipe recipe_make(const Options *o, int muon, double lr, double adam_lr)
 {
-    double elapsed = now() - p->start, eta = elapsed / (double)step * (double)(o->steps - step);
-    if (p->terminal) {
+    Recipe r = {muon, lr, adam_lr, o->beta1, o->beta2, 1e-8, o->decay, o->clip, o->momentum,
+                o->bias_speed};
+    return r;
+}
+
+static Run run_make(const Options *o, const Config *c)
+{
+    Run r = {data_load(o->data, c), 0, o->batch, sequence_length(o, c), NULL, now(), NAN, NAN};
+    if (o->steps == 0 || r.B == 0 || o->accumulate == 0)
+        die(BAD_INPUT, "--steps, --batch and --accumulate must be at least 1");
+    if (strcmp(o->optimizer, "muon") && strcmp(o->optimizer, "adamw"))
+        die(BAD_INPUT, "--optimizer is %s; it must be muon or adamw", o->optimizer);
+    if (o->val_share >= 1) die(BAD_INPUT, "--val-share is %g; it must be below 1", o->val_share);
+    r.n_train = (size_t)((double)r.text.n * (1 - o->val_share));
+    if (r.n_train < r.T + 1 || (o->val_share > 0 && r.text.n - r.n_train < 2))
+        die(BAD_INPUT, "%s: too short: of %zu bytes %zu are left to train on and %zu to validate; "
+            "%zu and 2 are needed, or a smaller --seq", o->data, r.text.n, r.n_train,
+            r.text.n - r.n_train, r.T + 1);
+    r.tokens = (int *)host_alloc(size_mul(r.B, r.T + 1), sizeof(int));
+    return r;
+}
+
+// Adds the gradients of a step's batches to the model's; returns their mean losses.
+static Losses run_batches(Run *r, const Options *o, size_t step, Model *m, Acts *a, Optimizer *opt)
+{
+    Losses mean = {0, 0, 0, 0};
+    double share = 1 / (double)o->accumulate;
+    for (size_t k = 0; k < o->accumulate; k++) {
+        for (size_t b = 0; b < r->B; b++) {
+            size_t i = (step * o->accumulate + k) * r->B + b;
+            size_t at = window_start(o->seed, i, r->n_train, r->T);
+            tokens_copy(r->tokens + b * (r->T + 1), r->text.bytes + at, r->T + 1);
+        }
+        acts_load(a, r->tokens);
+        model_forward(m, a);
+        model_backward(m, a, share);
+        optimizer_count_load(opt, m, a);
+        Losses s = model_losses(m, a);
+        mean.total += share * s.total;
+        mean.main += share * s.main;
+        mean.mtp += share * s.mtp;
+        mean.balance += share * s.balance;
+    }
+    return mean;
+}
+
+// One line of how it goes: a bar and a line that stays in place on a terminal, else a line each.
+static void run_print(const Run *r, const Options *o, size_t step, const Losses *s, double load,
+                      double norm, double lr)
+{
+    double elapsed = now() - r->start, eta = elapsed / (double)step * (double)(o->steps - step);
+    if (isatty(1)) {
         int full = (int)(20 * step / o->steps);
         printf("\r\033[K[%.*s%.*s] ", full, "####################", 20 - full,
                "....................");
     }
-    printf("step %zu/%zu loss %.4f val ", step, o->steps, p->train_loss);
-    if (isfinite(p->val_loss)) printf("%.4f", p->val_loss);
+    printf("step %zu/%zu loss %.4f val ", step, o->steps, r->train_loss);
+    if (isfinite(r->val_loss)) printf("%.4f", r->val_loss);
     else printf("-");
     printf(" mtp %.3f load %.2f norm %.2f lr %.2e %.0f tok/s eta ", s->mtp, load, norm, lr,
-           tokens / elapsed);
+           (double)(step * o->accumulate * r->B * r->T) / elapsed);
     print_duration(eta);
-    if (!p->terminal) putchar('\n');
+    if (!isatty(1)) putchar('\n');
     fflush(stdout);
 }
 
@@ -3405,20 +3454,7 @@ static int command_train(const Options *o)
 {
     Model m = model_from_options(o, 1);
     const Config *c = &m.config;
-    size_t T = sequence_length(o, c), B = o->batch;
-    Data text = data_load(o->data, c);
-    if (o->steps == 0 || B == 0 || o->accumulate == 0)
-        die(BAD_INPUT, "--steps, --batch and --accumulate must be at least 1");
-    if (!(o->val_share >= 0 && o->val_share < 1))
-        die(BAD_INPUT, "--val-share must be 0 or more and below 1");
-    size_t n_train = (size_t)((double)text.n * (1 - o->val_share)), n_val = text.n - n_train;
-    if (n_train < T + 1 || (o->val_share > 0 && n_val < 2))
-        die(BAD_INPUT,
-            "%s: %zu bytes leave %zu for training; at least %zu are needed, or a smaller "
-            "--seq",
-            o->data, text.n, n_train, T + 1);
-    if (strcmp(o->optimizer, "muon") && strcmp(o->optimizer, "adamw"))
-        die(BAD_INPUT, "--optimizer is %s; it must be muon or adamw", o->optimizer);
+    Run r = run_make(o, c);
     make_directory(o->out);
     char *log_path = path_join(o->out, "log.csv");
     FILE *log = fopen(log_path, "w");
@@ -3426,75 +3462,50 @@ static int command_train(const Options *o)
         die(BAD_INPUT, "%s: cannot write: %s; choose another --out", log_path, strerror(errno));
     fprintf(log, "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr,seconds\n");
 
-    Recipe recipe = recipe_from_options(o);
-    recipe.muon = !strcmp(o->optimizer, "muon");
-    double adam_lr = o->adam_lr > 0 ? o->adam_lr : o->lr;
-    Acts a = acts_make(c, B, T, 1);
+    Acts a = acts_make(c, r.B, r.T, 1);
     Optimizer opt = optimizer_make(&m);
-    int *tokens = (int *)host_alloc(B * (T + 1), sizeof(int));
-    Progress p = {now(), NAN, NAN, isatty(1)};
-    size_t params = 0;
+    size_t params = 0, n_val = r.text.n - r.n_train;
+    int muon = !strcmp(o->optimizer, "muon");
     for (size_t i = 0; i < m.layout.tensors; i++) params += tensor_size(&m.layout.tensor[i]);
-    printf(
-        "%zu parameters, %zu layers, %zu experts of which %zu work for a token; %zu x %zu tokens a "
-        "step, %s, %d threads\n",
-        params, c->L, c->E, c->K, B * o->accumulate, T, o->optimizer, thread_count());
+    printf("%zu parameters, %zu layers, %zu of %zu experts a token; %zu x %zu tokens a step, %s, "
+           "%d threads\n", params, c->L, c->K, c->E, r.B * o->accumulate, r.T, o->optimizer,
+           thread_count());
     for (size_t step = 0; step < o->steps; step++) {
-        Losses sum = {0, 0, 0, 0};
-        for (size_t k = 0; k < o->accumulate; k++) {
-            for (size_t b = 0; b < B; b++) {
-                size_t i = (step * o->accumulate + k) * B + b;
-                tokens_copy(tokens + b * (T + 1), text.bytes + window_start(o->seed, i, n_train, T),
-                            T + 1);
-            }
-            acts_load(&a, tokens);
-            model_forward(&m, &a);
-            model_backward(&m, &a, 1 / (double)o->accumulate);
-            optimizer_count_load(&opt, &m, &a);
-            Losses s = model_losses(&m, &a);
-            sum.total += s.total / (double)o->accumulate;
-            sum.main += s.main / (double)o->accumulate;
-            sum.mtp += s.mtp / (double)o->accumulate;
-            sum.balance += s.balance / (double)o->accumulate;
-        }
-        double norm = grad_norm(&m), share = schedule(o, step), load = worst_load(&m, &opt);
-        if (!isfinite(sum.total) || !isfinite(norm))
+        Losses s = run_batches(&r, o, step, &m, &a, &opt);
+        double norm = grad_norm(&m), load = worst_load(&m, &opt), share = schedule(o, step);
+        if (!isfinite(s.total) || !isfinite(norm))
             die(FAILED, "step %zu: the loss is %g and the gradient's norm %g; try a smaller --lr",
-                step + 1, sum.total, norm);
-        recipe.lr = o->lr * share;
-        recipe.adam_lr = adam_lr * share;
+                step + 1, s.total, norm);
+        Recipe recipe = recipe_make(o, muon, o->lr * share,
+                                    (o->adam_lr > 0 ? o->adam_lr : o->lr) * share);
         optimizer_step(&opt, &m, &recipe, norm);
-        p.train_loss = step ? 0.95 * p.train_loss + 0.05 * sum.main : sum.main;
+        r.train_loss = step ? 0.95 * r.train_loss + 0.05 * s.main : s.main;
         int last = step + 1 == o->steps;
-        int validate = n_val > 1 && (last || (o->val_every && (step + 1) % o->val_every == 0));
+        int validate = n_val && (last || (o->val_every && (step + 1) % o->val_every == 0));
         if (validate) // on a part while training, on all of it at the end
-            p.val_loss = text_loss(&m, text.bytes + n_train,
-                                   last ? n_val : min_size(n_val, 16 * 1024 + 1), T);
-        fprintf(log, "%zu,%.6f,", step + 1, sum.main);
-        if (validate) fprintf(log, "%.6f", p.val_loss);
-        fprintf(log, ",%.6f,%.6f,%.4f,%.6f,%.8f,%.3f\n", sum.mtp, sum.balance, load, norm,
-                recipe.lr, now() - p.start);
-        if (p.terminal || last || (o->log_every && (step + 1) % o->log_every == 0))
-            print_progress(&p, o, step + 1, &sum, load, norm, recipe.lr,
-                           (double)((step + 1) * B * T * o->accumulate));
+            r.val_loss = text_loss(&m, r.text.bytes + r.n_train,
+                                   last ? n_val : min_size(n_val, 16 * 1024 + 1), r.T);
+        fprintf(log, "%zu,%.6f,", step + 1, s.main);
+        if (validate) fprintf(log, "%.6f", r.val_loss);
+        fprintf(log, ",%.6f,%.6f,%.4f,%.6f,%.8f,%.3f\n", s.mtp, s.balance, load, norm, recipe.lr,
+                now() - r.start);
+        if (isatty(1) || last || (o->log_every && (step + 1) % o->log_every == 0))
+            run_print(&r, o, step + 1, &s, load, norm, recipe.lr);
     }
-    if (p.terminal) putchar('\n');
-    if (fclose(log)) die(FAILED, "%s: cannot write: %s", log_path, strerror(errno));
+    printf(isatty(1) ? "\n\n" : "\n");
+    if (ferror(log) | fclose(log)) die(FAILED, "%s: cannot write: %s", log_path, strerror(errno));
     model_save(&m, o->out);
-    if (o->tokens) {
-        printf("\n");
-        sample(&m, o, "\n", 0);
-    }
-    if (n_val > 1)
-        printf("\nvalidation loss %.4f over all %zu tokens of the validation split\n", p.val_loss,
+    if (o->tokens) sample(&m, o, "\n", 0);
+    if (n_val)
+        printf("\nvalidation loss %.4f over all %zu tokens of the validation split\n", r.val_loss,
                n_val - 1);
     printf("trained in ");
-    print_duration(now() - p.start);
-    printf("; the model is in %s: try ./moe sample --model %s --prompt \"ROMEO:\"\n", o->out,
+    print_duration(now() - r.start);
+    printf("; the model is in %s\ntry ./moe sample --model %s --prompt \"ROMEO:\"\n", o->out,
            o->out);
-    free(tokens);
+    free(r.tokens);
+    free(r.text.bytes);
     free(log_path);
-    free(text.bytes);
     optimizer_free(&opt);
     acts_free(&a);
     model_free(&m);
@@ -3591,7 +3602,7 @@ static int command_check(const Options *o)
     tokens_copy(tokens, text.bytes, B * (T + 1));
     Acts a = acts_make(&m.config, B, T, 1);
     Optimizer opt = optimizer_make(&m);
-    Recipe recipe = recipe_from_options(o);
+    Recipe recipe = recipe_make(o, 0, o->check_lr, o->check_lr);
     acts_load(&a, tokens);
     for (size_t step = 0; step <= o->check_steps; step++) {
         model_forward(&m, &a);

@@ -1,0 +1,2486 @@
+/*
+test_moe.c: the tests of moe.c.
+
+    ./test_moe              runs all of them
+    ./test_moe NAME ...     runs these
+    ./test_moe --list       prints their names, one a line
+    MOE=path ./test_moe     tests the command line of another program than ./moe
+
+This file takes in the whole of moe.c, is compiled twice (see the Makefile) and linked into one
+program. In double, where difference quotients are good to 1e-9, stand the gradients and whatever
+has an exact definition; in float, as moe is built, the fast paths, files and the program itself.
+Every fast path has its plain twin here, written from the definition. Nothing is read but
+tinyshakespeare/excerpt.txt and what the tests write in a directory of their own.
+*/
+#pragma GCC diagnostic ignored "-Wunused-function" // neither build tests all of moe.c
+#define MOE_NO_MAIN
+#include "moe.c"
+#include <dirent.h>
+#include <sys/wait.h>
+
+// ------------------------------------------------------------------------------------------------
+// Helpers
+
+static const char *test_name;
+static int failures;        // checks of the running test that failed
+static double worst;        // largest error that it measured
+static char remark[100];    // what else there is to say of it
+static void *kept[1 << 14]; // its memory, freed when it ends
+static size_t keeps;
+
+static void fail(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    if (failures++ < 5) { // the rest would say the same
+        printf("FAIL %s: ", test_name);
+        vprintf(format, args);
+        printf("\n");
+    }
+    va_end(args);
+}
+
+#define EXPECT(condition, ...) \
+    if (!(condition)) fail(__VA_ARGS__)
+#define REQUIRE(condition, ...) \
+    if (!(condition)) { \
+        fail(__VA_ARGS__); \
+        return; \
+    }
+
+static void *keep(void *p)
+{
+    if (keeps == sizeof kept / sizeof *kept) die(FAILED, "%s: too many allocations", test_name);
+    return kept[keeps++] = p;
+}
+
+static void *room(size_t count, size_t size) { return keep(host_alloc(count, size)); }
+
+static real *reals(size_t n) { return (real *)room(n, sizeof(real)); }
+
+static real *random_reals(size_t n, uint64_t seed) // in [-1, 1)
+{
+    real *x = reals(n);
+    for (size_t i = 0; i < n; i++) x[i] = (real)(2 * random_uniform(seed, 0, i) - 1);
+    return x;
+}
+
+static real *copy_of(const real *x, size_t n) { return (real *)memcpy(reals(n), x, n * sizeof *x); }
+
+static int *random_ints(size_t n, size_t below, uint64_t seed)
+{
+    int *x = (int *)room(n, sizeof(int));
+    for (size_t i = 0; i < n; i++) x[i] = (int)(random_u64(seed, 1, i) % below);
+    return x;
+}
+
+// A text for an error message; holds until the fourth call from now.
+static const char *label(const char *format, ...)
+{
+    static char text[4][200];
+    static int next;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text[next = (next + 1) % 4], sizeof text[0], format, args);
+    va_end(args);
+    return text[next];
+}
+
+static void within(double error, double most, const char *what)
+{
+    if (!(error <= worst)) worst = error;
+    EXPECT(error <= most, "%s: expected an error up to %.3g, got %.3g", what, most, error);
+}
+
+static void near(double got, double expected, double most, const char *what)
+{
+    double error = fabs(got - expected) / (expected != 0 ? fabs(expected) : 1);
+    if (!(error <= worst)) worst = error;
+    EXPECT(error <= most, "%s: expected %.10g, got %.10g", what, expected, got);
+}
+
+static double norm_of(const real *x, size_t n)
+{
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    return sqrt(sum);
+}
+
+// |got - expected| / |expected|, Euclidean: a measure that no scale of the numbers changes.
+static double relative_error(const real *got, const real *expected, size_t n)
+{
+    double difference = 0;
+    for (size_t i = 0; i < n; i++) difference += pow((double)got[i] - (double)expected[i], 2);
+    return difference == 0 ? 0 : sqrt(difference) / norm_of(expected, n);
+}
+
+// A small model with everything in it, at sizes that no width of a vector divides.
+static Config small_config(void)
+{
+    Config c = config_preset(LAPTOP);
+    c.V = 31, c.C = 13, c.L = 3, c.dense = 1, c.F = 11, c.NH = 2, c.Rq = 5, c.Rkv = 7;
+    c.Dn = 3, c.Dr = 2, c.Dv = 5, c.E = 6, c.K = 2, c.S = 1, c.Fe = 5, c.G = 3, c.KG = 2;
+    c.D = 2, c.Tmax = 64, c.alpha = 0.1, c.route_scale = 2.5, c.init_std = 0.4;
+    return c;
+}
+
+// Random weights, with norms and router biases that are not what training starts from.
+static Model random_model(const Config *c, int training, uint64_t seed)
+{
+    Model m = model_make(c, training);
+    model_init(&m, seed);
+    for (size_t i = 0; i < m.layout.tensors; i++) {
+        const Tensor *t = &m.layout.tensor[i];
+        for (size_t j = 0; j < t->cols; j++) {
+            double u = random_uniform(seed, 1000 + i, j) - 0.5;
+            if (t->kind == NORM) m.weights[t->offset + j] = (real)(1 + 0.4 * u);
+            if (t->kind == ROUTER_BIAS) m.weights[t->offset + j] = (real)(0.2 * u);
+        }
+    }
+    return m;
+}
+
+static const char *name_of(const Model *m, size_t tensor)
+{
+    char name[NAME_MAX_LENGTH];
+    tensor_name(name, &m->layout.tensor[tensor], 0);
+    return label("%s", name);
+}
+
+// Causal attention by the definition, for one sequence; a token sees the last `window` ones.
+static void naive_attention(real *out, const real *q, const real *kv, const real *k_pe, size_t T,
+                            size_t NH, size_t Dn, size_t Dr, size_t Dv, size_t window, double scale)
+{
+    double *p = (double *)room(T, sizeof(double));
+    for (size_t th = 0; th < T * NH; th++) {
+        size_t t = th / NH, h = th % NH, first = t + 1 > window ? t + 1 - window : 0;
+        const real *qt = q + th * (Dn + Dr);
+        double sum = 0;
+        for (size_t u = first; u <= t; u++) {
+            const real *k = kv + (u * NH + h) * (Dn + Dv);
+            double dot = 0;
+            for (size_t i = 0; i < Dn + Dr; i++)
+                dot += (double)qt[i] * (double)(i < Dn ? k[i] : k_pe[u * Dr + i - Dn]);
+            sum += p[u] = exp(scale * dot);
+        }
+        for (size_t i = 0; i < Dv; i++) {
+            double o = 0;
+            for (size_t u = first; u <= t; u++)
+                o += p[u] / sum * (double)kv[(u * NH + h) * (Dn + Dv) + Dn + i];
+            out[th * Dv + i] = (real)o;
+        }
+    }
+}
+
+#ifdef MOE_DOUBLE
+// ------------------------------------------------------------------------------------------------
+// Gradients: what a backward says against differences of its forward
+
+// A derivative is probed along single elements and along one random direction, which sees them all.
+enum { PROBES = 12 };
+static const double tolerance = 1e-8; // of every gradient; differences leave about 1e-9
+
+static size_t probed(size_t n, size_t i) { return n <= PROBES ? i : random_u64(3, n, i) % n; }
+
+static double direction(size_t n, size_t j) { return random_normal(4, n, j) / sqrt((double)n); }
+
+// num[i] = derivative of loss(p) along probe i of x[0 .. n), by a difference good to the 4th order:
+// (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12h.
+static void numeric_gradient(double num[PROBES + 1], double (*loss)(void *), void *p, real *x,
+                             size_t n)
+{
+    const double h = 2e-4, step[4] = {h, -h, 2 * h, -2 * h};
+    real *was = (real *)host_alloc(n, sizeof(real));
+    memcpy(was, x, n * sizeof(real));
+    for (size_t i = 0; i <= PROBES; i++) {
+        size_t at = i < PROBES ? probed(n, i) : 0, end = i < PROBES ? at + 1 : n;
+        double f[4];
+        num[i] = 0;
+        if (i < PROBES && i >= n) continue;
+        for (int s = 0; s < 4; s++) {
+            for (size_t j = at; j < end; j++)
+                x[j] = was[j] + step[s] * (i < PROBES ? 1 : direction(n, j));
+            f[s] = loss(p);
+        }
+        memcpy(x, was, n * sizeof(real));
+        num[i] = (8 * (f[0] - f[1]) - (f[2] - f[3])) / (12 * h);
+    }
+    free(was);
+}
+
+// How far num is from the gradient ana [n], as a share of the gradient's size. Infinite if that is
+// zero, unless it must be; then the largest number.
+static double gradient_error(const double num[PROBES + 1], const accum *ana, size_t n,
+                             int must_be_zero)
+{
+    size_t probes = min_size(n, PROBES);
+    double along = 0, difference = 0, largest = 0, norm = norm_of(ana, n);
+    for (size_t j = 0; j < n; j++) along += direction(n, j) * ana[j];
+    for (size_t i = 0; i < probes; i++) {
+        difference += pow(num[i] - ana[probed(n, i)], 2);
+        largest = fmax(largest, fabs(num[i]));
+    }
+    if (must_be_zero) return fmax(largest, fmax(fabs(num[PROBES]), norm));
+    double each = sqrt(difference * (double)n / (double)probes), way = fabs(num[PROBES] - along);
+    double error = fmax(each, way * sqrt((double)n)) / norm;
+    return norm > 0 && isfinite(error) ? error : INFINITY;
+}
+
+// An operation under test: inputs x, of which its backward makes dx; the loss is out . dout.
+typedef struct Op {
+    void (*forward)(struct Op *);
+    const size_t *s;        // sizes, in the order in which forward takes them
+    size_t n[3], outputs;
+    real *x[3], *dx[3], *out, *dout, *saved[2];
+    real *base;             // out at first; the loss counts from there, and so loses no digits
+    int *index[3];
+    enum Mode mode[3];      // what the backward is to do with dx
+    size_t gap;             // numbers between rows that SET must leave alone
+    int zero[3];            // this gradient must be 0
+} Op;
+
+static double pattern(size_t i) { return 3 + (double)(i % 7); } // what stands in dx, and in out
+
+static Op op_make(void (*forward)(Op *), const size_t *s, size_t outputs, size_t n0, size_t n1,
+                  size_t n2)
+{
+    Op o;
+    memset(&o, 0, sizeof o);
+    o.forward = forward, o.s = s, o.outputs = outputs, o.n[0] = n0, o.n[1] = n1, o.n[2] = n2;
+    for (size_t i = 0; i < 3; i++) {
+        o.mode[i] = ADD;
+        o.x[i] = random_reals(o.n[i], i);
+        o.dx[i] = reals(o.n[i]);
+        for (size_t j = 0; j < o.n[i]; j++) o.dx[i][j] = pattern(j);
+    }
+    o.out = reals(outputs);
+    o.base = reals(outputs);
+    o.dout = random_reals(outputs, 9);
+    return o;
+}
+
+static double op_loss(void *p)
+{
+    Op *o = (Op *)p;
+    double sum = 0;
+    for (size_t i = 0; i < o->outputs; i++) o->out[i] = pattern(i);
+    o->forward(o);
+    for (size_t i = 0; i < o->outputs; i++) sum += (o->out[i] - o->base[i]) * o->dout[i];
+    return sum;
+}
+
+// After the backward. What stood in dx before, ADD must have kept and SET must have replaced.
+static double op_error(Op *o)
+{
+    double num[PROBES + 1], most = 0;
+    op_loss(o);
+    memcpy(o->base, o->out, o->outputs * sizeof(real));
+    for (size_t i = 0; i < 3 && o->n[i]; i++) {
+        real *dx = o->dx[i];
+        size_t untouched = 0;
+        for (size_t j = 0; j < o->n[i]; j++) {
+            int is_gap = o->mode[i] == SET && dx[j] == pattern(j);
+            if (is_gap || o->mode[i] == ADD) dx[j] -= pattern(j);
+            untouched += (size_t)is_gap;
+        }
+        EXPECT(o->mode[i] == ADD || untouched == (i ? 0 : o->gap),
+               "of input %zu's gradient %zu numbers are left alone", i, untouched);
+        numeric_gradient(num, op_loss, o, o->x[i], o->n[i]);
+        most = fmax(most, gradient_error(num, dx, o->n[i], o->zero[i]));
+    }
+    return most;
+}
+
+static void op_check(Op *o, const char *what) { within(op_error(o), tolerance, what); }
+
+static Rows op_rows(const Op *o) // o->index[0]: where groups begin, if there are any
+{
+    Rows r = {o->index[0], o->index[0] ? 5 : 1, o->s[0]};
+    return r;
+}
+
+static void matmul_op(Op *o)
+{
+    matmul_forward(o->out, o->x[0], o->x[1], op_rows(o), o->s[1], o->s[2], o->mode[0]);
+}
+
+static void test_matmul_gradient(void)
+{
+    static const size_t size[][3] = { // rows, O, I
+        {1, 1, 1}, {12, 3, 5}, {9, 17, 13}, {33, 9, 67}, {300, 270, 9}, {261, 5, 259},
+    };
+    static const int cut[][6] = { // where groups end, in twelfths of the rows; first: one group
+        {0}, {0, 0, 5, 5, 12, 12}, {0, 0, 0, 12, 12, 12}, {0, 1, 3, 4, 9, 12},
+    };
+    for (size_t i = 0; i < 6 * 4 * 2; i++) {
+        const size_t *s = size[i / 8], N = s[0], O = s[1], I = s[2], c = i / 2 % 4;
+        Op o = op_make(matmul_op, s, N * O, N * I, (c ? 5 : 1) * O * I, 0);
+        o.mode[0] = i % 2 ? ADD : SET;
+        if (c) o.index[0] = (int *)room(6, sizeof(int));
+        for (size_t e = 0; c && e < 6; e++) o.index[0][e] = (int)N * cut[c][e] / 12;
+        op_loss(&o);
+        real *plain = reals(N * O);
+        for (size_t n = 0, e = 0; n < N; n++) {
+            while (c && (int)n >= o.index[0][e + 1]) e++;
+            for (size_t j = 0; j < O; j++) {
+                double sum = o.mode[0] == ADD ? pattern(n * O + j) : 0;
+                for (size_t k = 0; k < I; k++)
+                    sum += o.x[0][n * I + k] * o.x[1][(e * O + j) * I + k];
+                plain[n * O + j] = sum;
+            }
+        }
+        within(relative_error(o.out, plain, N * O), 1e-14, "forward");
+        matmul_backward_x(o.dx[0], o.dout, o.x[1], op_rows(&o), O, I, o.mode[0]);
+        matmul_backward_w(o.dx[1], o.dout, o.x[0], op_rows(&o), O, I);
+        op_check(&o, label("%zu x %zu x %zu, cut %zu", N, O, I, c));
+    }
+}
+
+static void rmsnorm_op(Op *o)
+{
+    const size_t *s = o->s;
+    rmsnorm_forward(o->out, o->saved[0], o->x[0], o->x[1], s[0], s[1], s[2], s[3], 0.1);
+}
+
+// spoil: what the saved 1 / rms of one row is multiplied by before the backward.
+static double rmsnorm_error(const size_t *s, enum Mode mode, double spoil)
+{
+    Op o = op_make(rmsnorm_op, s, s[0] * s[2], s[0] * s[3], s[1], 0);
+    o.saved[0] = reals(s[0]), o.mode[0] = mode, o.gap = s[0] * (s[3] - s[1]);
+    rmsnorm_op(&o);
+    o.saved[0][s[0] / 2] *= spoil;
+    rmsnorm_backward(o.dx[0], o.dx[1], o.dout, o.x[0], o.x[1], o.saved[0], s[0], s[1], s[2], s[3],
+                     mode);
+    return op_error(&o);
+}
+
+static void test_rmsnorm_gradient(void)
+{
+    static const size_t size[][4] = { // N, C, ld_out, ld_x
+        {1, 1, 1, 1}, {3, 13, 13, 13}, {5, 13, 26, 15}, {7, 70, 71, 73},
+    };
+    for (size_t i = 0; i < 8; i++)
+        within(rmsnorm_error(size[i / 2], i % 2 ? ADD : SET, 1), tolerance,
+               label("size %zu", i / 2));
+}
+
+static void swiglu_op(Op *o) { swiglu_forward(o->out, o->x[0], o->x[1], o->outputs); }
+
+static void test_swiglu_gradient(void)
+{
+    for (size_t n = 1; n < 80; n += 13) {
+        Op o = op_make(swiglu_op, NULL, n, n, n, 0);
+        o.mode[0] = o.mode[1] = SET;
+        for (size_t i = 0; i < n; i++) o.x[0][i] *= 8;
+        swiglu_backward(o.dx[0], o.dx[1], o.dout, o.x[0], o.x[1], n);
+        op_check(&o, label("n %zu", n));
+    }
+}
+
+static void embedding_op(Op *o)
+{
+    embedding_forward(o->out, o->index[0], o->x[0], o->s[0], o->s[1]);
+}
+
+static void crop_op(Op *o)
+{
+    crop_forward(o->out, o->x[0], o->s[0], o->s[1], o->s[2], o->s[3]);
+}
+
+static void test_embedding_crop_gradient(void)
+{
+    static const size_t size[][3] = {{1, 1, 2}, {12, 5, 7}, {40, 70, 3}}; // N, C, V
+    static const size_t cut[][4] = {{1, 1, 1, 1}, {2, 3, 4, 5}, {3, 1, 6, 13}}; // B, T, Tin, C
+    for (size_t i = 0; i < 3; i++) {
+        const size_t *s = size[i], *t = cut[i];
+        Op o = op_make(embedding_op, s, s[0] * s[1], s[2] * s[1], 0, 0);
+        o.index[0] = random_ints(s[0], s[2], i);
+        embedding_backward(o.dx[0], o.dout, o.index[0], s[0], s[1]);
+        op_check(&o, label("embedding %zu", i));
+        o = op_make(crop_op, t, t[0] * t[1] * t[3], t[0] * t[2] * t[3], 0, 0);
+        o.mode[0] = SET;
+        crop_backward(o.dx[0], o.dout, t[0], t[1], t[2], t[3]);
+        op_check(&o, label("crop %zu", i));
+    }
+}
+
+static void rope_op(Op *o)
+{
+    const size_t *s = o->s;
+    rope_forward(o->out, o->x[0], o->index[0], o->saved[0], s[0], s[1], s[2], s[3], s[4], s[5]);
+}
+
+static void test_rope_gradient(void)
+{
+    static const size_t size[][6] = { // N, heads, Dr, ld_out, ld_x, head
+        {1, 1, 2, 2, 2, 2}, {5, 3, 6, 30, 28, 9}, {9, 1, 4, 5, 11, 4},
+    };
+    Config c = small_config();
+    for (size_t i = 0; i < 3; i++) {
+        const size_t *s = size[i], N = s[0], numbers = N * s[1] * s[2];
+        c.Dr = s[2];
+        Op o = op_make(rope_op, s, N * s[3], N * s[4], 0, 0);
+        o.index[0] = random_ints(N, 50, i);
+        o.saved[0] = (real *)keep(rope_table(&c, 50));
+        o.mode[0] = SET, o.gap = N * s[4] - numbers;
+        rope_backward(o.dx[0], o.dout, o.index[0], o.saved[0], N, s[1], s[2], s[4], s[3], s[5]);
+        op_check(&o, label("size %zu", i));
+        real *turned = copy_of(o.x[0], o.n[0]); // in place
+        rope_forward(turned, turned, o.index[0], o.saved[0], N, s[1], s[2], s[4], s[4], s[5]);
+        rope_op(&o);
+        for (size_t k = 0; k < numbers; k += 2) { // j, j + 1 of head h turn by pos theta^(-j/Dr)
+            size_t n = k / (s[1] * s[2]), h = k / s[2] % s[1], j = k % s[2], at = h * s[5] + j;
+            const real *x = o.x[0] + n * s[4] + at, *y = o.out + n * s[3] + at;
+            double angle = o.index[0][n] * pow(c.theta, -(double)j / (double)s[2]);
+            near(y[0], cos(angle) * x[0] - sin(angle) * x[1], 1e-12, "rotated");
+            near(y[1], sin(angle) * x[0] + cos(angle) * x[1], 1e-12, "rotated");
+            EXPECT(!memcmp(y, turned + n * s[4] + at, 2 * sizeof(real)), "in place it differs");
+        }
+    }
+}
+
+static void attention_op(Op *o)
+{
+    const size_t *s = o->s;
+    attention_forward(o->out, o->saved[0], o->x[0], o->x[1], o->x[2], s[0], s[1], s[2], s[3], s[4],
+                      s[5], 0.7);
+}
+
+// spoil: what one number of the saved softmax statistics or of the saved output is changed by.
+static double attention_error(const size_t *s, double spoil_lse, double spoil_out)
+{
+    size_t B = s[0], T = s[1], NH = s[2], Dn = s[3], Dr = s[4], Dv = s[5], N = B * T * NH;
+    Op o = op_make(attention_op, s, N * Dv, N * (Dn + Dr), N * (Dn + Dv), B * T * Dr);
+    o.saved[0] = reals(N), o.saved[1] = reals(N * Dr);
+    o.mode[0] = o.mode[1] = o.mode[2] = SET;
+    o.zero[0] = o.zero[2] = T == 1; // one key has all the attention, whatever it is
+    attention_op(&o);
+    real *plain = reals(N * Dv);
+    for (size_t b = 0; b < B; b++)
+        naive_attention(plain + b * T * NH * Dv, o.x[0] + b * T * NH * (Dn + Dr),
+                        o.x[1] + b * T * NH * (Dn + Dv), o.x[2] + b * T * Dr, T, NH, Dn, Dr, Dv,
+                        T, 0.7);
+    within(relative_error(o.out, plain, N * Dv), 1e-13, label("forward, T %zu", T));
+    o.saved[0][N / 2] += spoil_lse;
+    o.out[N * Dv / 2] += spoil_out;
+    attention_backward(o.dx[0], o.dx[1], o.dx[2], o.saved[1], o.dout, o.out, o.saved[0], o.x[0],
+                       o.x[1], o.x[2], B, T, NH, Dn, Dr, Dv, 0.7);
+    return op_error(&o);
+}
+
+static void test_attention_gradient(void)
+{
+    static const size_t size[][6] = { // B, T, NH, Dn, Dr, Dv
+        {1, 1, 1, 1, 2, 1}, {2, 1, 2, 3, 2, 5}, {2, 7, 3, 3, 2, 5},
+        {1, ATTENTION_BLOCK, 1, 5, 4, 3}, {2, ATTENTION_BLOCK + 1, 2, 3, 2, 5},
+        {1, 2 * ATTENTION_BLOCK + 9, 3, 13, 6, 7},
+    };
+    for (size_t i = 0; i < 6; i++)
+        within(attention_error(size[i], 0, 0), tolerance, label("size %zu", i));
+}
+
+// sizes: N, C, E, K, G, KG, norm_topk, whether scores are to tie. out: [g; s]
+static void router_op(Op *o)
+{
+    const size_t *s = o->s;
+    router_forward(o->out + s[0] * s[3], o->index[0], o->out, o->x[0], o->x[1], o->saved[0], s[0],
+                   s[1], s[2], s[3], s[4], s[5], (int)s[6], 2.5);
+}
+
+// Whether expert e is chosen, by the definition: those with more, or as much and before it, are
+// counted. First for its group, whose score is its largest sum of two.
+static int is_chosen(const double *score, size_t e, size_t E, size_t K, size_t G, size_t KG)
+{
+    double group[8];
+    size_t size = E / G, better = 0;
+    int kept_group[8];
+    for (size_t i = 0; i < G; i++) {
+        group[i] = -INFINITY;
+        for (size_t a = i * size; a < (i + 1) * size; a++)
+            for (size_t b = a + 1; b < (i + 1) * size; b++)
+                group[i] = fmax(group[i], score[a] + score[b]);
+    }
+    for (size_t i = 0; i < G; i++) {
+        size_t ahead = 0;
+        for (size_t j = 0; j < G; j++)
+            ahead += group[j] > group[i] || (group[j] == group[i] && j < i);
+        kept_group[i] = ahead < KG;
+    }
+    for (size_t j = 0; j < E; j++)
+        better += kept_group[j / size] && (score[j] > score[e] || (score[j] == score[e] && j < e));
+    return kept_group[e / size] && better < K;
+}
+
+static void test_router_gradient(void)
+{
+    static const size_t cases[][8] = {
+        {1, 1, 1, 1, 1, 1, 0, 0}, {9, 13, 6, 2, 1, 1, 1, 0}, {9, 13, 6, 2, 1, 1, 0, 0},
+        {9, 5, 12, 3, 4, 2, 1, 0}, {7, 5, 8, 4, 2, 1, 0, 0}, {5, 7, 6, 6, 1, 1, 1, 0},
+        {5, 7, 6, 6, 3, 3, 0, 0}, {9, 13, 6, 2, 3, 2, 1, 1}, {9, 13, 7, 1, 1, 1, 1, 0},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const size_t *z = cases[i], N = z[0], C = z[1], E = z[2], K = z[3];
+        Op o = op_make(router_op, z, N * (K + E), N * C, E * C, 0);
+        o.index[0] = (int *)room(N * K, sizeof(int));
+        o.saved[0] = random_reals(E, 77);
+        for (size_t j = 0; j < E * C && z[7]; j++) o.x[1][j] = o.saved[0][j / C] = 0;
+        o.zero[0] = (int)z[7];
+        router_op(&o);
+        const real *s = o.out + N * K;
+        for (size_t n = 0; n < N; n++) {
+            double score[64], sum = 1e-20;
+            for (size_t e = 0; e < E; e++) {
+                double logit = 0;
+                for (size_t c = 0; c < C; c++) logit += o.x[0][n * C + c] * o.x[1][e * C + c];
+                near(s[n * E + e], 1 / (1 + exp(-logit)), 1e-13, "affinity");
+                score[e] = s[n * E + e] + o.saved[0][e];
+            }
+            for (size_t k = 0; k < K; k++) sum += s[n * E + (size_t)o.index[0][n * K + k]];
+            for (size_t k = 0; k < K; k++) {
+                size_t e = (size_t)o.index[0][n * K + k];
+                EXPECT(is_chosen(score, e, E, K, z[4], z[5]), "case %zu: chose expert %zu", i, e);
+                for (size_t j = 0; j < k; j++)
+                    EXPECT(o.index[0][n * K + j] != (int)e, "case %zu: chose %zu twice", i, e);
+                near(o.out[n * K + k], 2.5 * s[n * E + e] / (z[6] ? sum : 1), 1e-13, "weight");
+            }
+        }
+        hold_routing = 1;
+        real *ds = copy_of(o.dout + N * K, N * E); // of the loss's part in s
+        router_backward(o.dx[0], o.dx[1], ds, o.dout, s, o.index[0], o.x[0], o.x[1], N, C, E, K,
+                        (int)z[6], 2.5);
+        op_check(&o, label("case %zu", i));
+        hold_routing = 0;
+    }
+}
+
+static void balance_op(Op *o)
+{
+    balance_forward(o->out, o->saved[0], o->x[0], o->s[0], o->s[1], o->s[2], o->s[3]);
+}
+
+static void test_balance_gradient(void)
+{
+    static const size_t size[][4] = {{1, 1, 2, 1}, {2, 5, 6, 2}, {3, 7, 9, 3}, {2, 4, 5, 5}};
+    for (size_t i = 0; i < 4; i++) {
+        const size_t *s = size[i], B = s[0], T = s[1], E = s[2], K = s[3];
+        Op o = op_make(balance_op, s, B, B * T * E, 0, 0);
+        o.saved[0] = reals(B * E), o.mode[0] = SET;
+        o.zero[0] = K == E; // all loads are alike, and the shares sum to 1
+        for (size_t j = 0; j < o.n[0]; j++) o.x[0][j] = 0.5 + 0.4 * o.x[0][j];
+        balance_op(&o);
+        for (size_t b = 0; b < B; b++) { // equations 17-20
+            double loss = 0;
+            for (size_t e = 0; e < E; e++) {
+                double f = 0, P = 0;
+                for (size_t t = 0; t < T; t++) {
+                    const real *st = o.x[0] + (b * T + t) * E;
+                    double sum = 0;
+                    for (size_t j = 0; j < E; j++) sum += st[j];
+                    f += is_chosen(st, e, E, K, 1, 1) ? (double)E / (double)(K * T) : 0;
+                    P += st[e] / sum / (double)T;
+                }
+                loss += f * P;
+            }
+            near(o.out[b], loss, 1e-13, "loss");
+            o.dout[b] = 0.7;
+        }
+        hold_routing = 1;
+        balance_backward(o.dx[0], 0.7, o.saved[0], o.x[0], B, T, E);
+        op_check(&o, label("size %zu", i));
+        hold_routing = 0;
+    }
+}
+
+// Expert e multiplies by e + 1.
+static void apply_experts(real *xs, const int *offsets, size_t E, size_t C)
+{
+    for (size_t e = 0; e < E; e++)
+        for (size_t i = (size_t)offsets[e] * C; i < (size_t)offsets[e + 1] * C; i++)
+            xs[i] *= (real)(e + 1);
+}
+
+static void dispatch_op(Op *o)
+{
+    size_t N = o->s[0], K = o->s[1], E = o->s[2], C = o->s[3];
+    dispatch_forward(o->saved[0], o->index[1], o->index[2], o->x[0], o->index[0], N, K, E, C);
+    apply_experts(o->saved[0], o->index[1], E, C);
+    combine_forward(o->out, o->saved[0], o->x[1], o->index[2], N, K, C);
+}
+
+static void test_dispatch_combine_gradient(void)
+{
+    static const size_t size[][5] = { // N, K, E, C, experts that get anything
+        {1, 1, 1, 1, 1}, {9, 2, 6, 13, 6}, {9, 3, 7, 5, 3}, {8, 1, 5, 3, 1},
+    };
+    for (size_t i = 0; i < 8; i++) {
+        const size_t *s = size[i / 2], N = s[0], K = s[1], E = s[2], C = s[3];
+        Op o = op_make(dispatch_op, s, N * C, N * C, N * K, 0);
+        int *topk = o.index[0] = random_ints(N * K, s[4], i), row = 0;
+        o.index[1] = random_ints(E + 1, 9, 1), o.index[2] = random_ints(N * K, 9, 2);
+        o.saved[0] = reals(N * K * C), o.mode[0] = i % 2 ? ADD : SET, o.mode[1] = SET;
+        for (size_t j = 0; j < N * K; j++) // K different ones
+            topk[j] = (topk[j - j % K] + (int)(j % K)) % (int)s[4];
+        op_loss(&o);
+        for (size_t e = 0; e <= E; e++) { // experts in order, and tokens in order within one
+            EXPECT(o.index[1][e] == row, "expert %zu begins at %d, not %d", e, o.index[1][e], row);
+            for (size_t j = 0; j < N * K; j++)
+                if (topk[j] == (int)e)
+                    EXPECT(o.index[2][j] == row++, "choice %zu is at %d", j, o.index[2][j]);
+        }
+        real *plain = reals(N * C), *dxs = random_reals(N * K * C, 5);
+        for (size_t j = 0; j < N * C; j++) {
+            plain[j] = pattern(j);
+            for (size_t k = j / C * K; k < (j / C + 1) * K; k++)
+                plain[j] += o.x[1][k] * (topk[k] + 1) * o.x[0][j];
+        }
+        within(relative_error(o.out, plain, N * C), 1e-14, "forward");
+        combine_backward(dxs, o.dx[1], o.dout, o.saved[0], o.x[1], o.index[2], N, K, C);
+        apply_experts(dxs, o.index[1], E, C);
+        dispatch_backward(o.dx[0], dxs, o.index[2], N, K, C, o.mode[0]);
+        op_check(&o, label("size %zu", i / 2));
+    }
+}
+
+static void cross_entropy_op(Op *o)
+{
+    cross_entropy_forward(o->out, o->saved[0], o->x[0], o->index[0], o->s[0], o->s[1]);
+}
+
+static void test_cross_entropy_gradient(void)
+{
+    static const size_t size[][2] = {{1, 2}, {5, 31}, {9, 257}}; // N, V
+    for (size_t i = 0; i < 3; i++) {
+        size_t N = size[i][0], V = size[i][1];
+        Op o = op_make(cross_entropy_op, size[i], N, N * V, 0, 0);
+        o.saved[0] = reals(N), o.mode[0] = SET;
+        o.index[0] = random_ints(N, V, i);
+        if (N > 3) o.index[0][3] = -1; // no target: no loss, no gradient
+        for (size_t j = 0; j < N * V; j++) o.x[0][j] *= 5;
+        cross_entropy_op(&o);
+        for (size_t n = 0; n < N; n++) {
+            int y = o.index[0][n];
+            double sum = 0;
+            for (size_t v = 0; v < V; v++) sum += exp(o.x[0][n * V + v]);
+            near(o.out[n], y < 0 ? 0 : log(sum) - o.x[0][n * V + (size_t)y], 1e-12, "loss");
+            o.dout[n] = 0.3;
+        }
+        cross_entropy_backward(o.dx[0], 0.3, o.saved[0], o.x[0], o.index[0], N, V);
+        op_check(&o, label("size %zu", i));
+    }
+}
+
+// The whole model
+
+typedef struct {
+    Model m;
+    Acts a;
+    double (*num)[PROBES + 1]; // of each tensor
+} Trial;
+
+static double trial_loss(void *p)
+{
+    Trial *t = (Trial *)p;
+    model_forward(&t->m, &t->a);
+    return model_losses(&t->m, &t->a).total;
+}
+
+// Loads B rows of T + 1 random tokens and probes the loss's derivatives, the routing held.
+static Trial trial_make(Model m, size_t B, size_t T)
+{
+    Trial t = {m, acts_make(&m.config, B, T, 1), NULL};
+    t.num = (double (*)[PROBES + 1])room(m.layout.tensors, sizeof *t.num);
+    acts_load(&t.a, random_ints(B * (T + 1), m.config.V, 11));
+    model_forward(&t.m, &t.a);
+    hold_routing = 1;
+    for (size_t i = 0; i < m.layout.tensors; i++)
+        numeric_gradient(t.num[i], trial_loss, &t, m.weights + m.layout.tensor[i].offset,
+                         tensor_size(&m.layout.tensor[i]));
+    model_forward(&t.m, &t.a);
+    return t;
+}
+
+static void trial_free(Trial *t)
+{
+    hold_routing = 0;
+    acts_free(&t->a);
+    model_free(&t->m);
+}
+
+// Tensors that nothing flows to.
+static int is_idle(const Config *c, size_t T, const Tensor *t)
+{
+    int depth = t->layer < (int)c->L ? 0 : t->layer - (int)c->L + 1;
+    int seen = (int)T - depth; // tokens of a sequence
+    return t->kind == ROUTER_BIAS || seen <= 0 || (seen == 1 && strstr(t->name, "self_attn.q_")) ||
+           (t->kind == ROUTER && c->E == 1); // one key, one expert: there is nothing to choose
+}
+
+// Runs model_backward; the worst error of all gradients, and the number of its tensor.
+static double trial_error(Trial *t, size_t *where)
+{
+    double most = 0;
+    memset(t->m.grads, 0, t->m.layout.elements * sizeof(accum));
+    model_backward(&t->m, &t->a, 1);
+    for (size_t i = 0; i < t->m.layout.tensors; i++) {
+        const Tensor *x = &t->m.layout.tensor[i];
+        double error = gradient_error(t->num[i], t->m.grads + x->offset, tensor_size(x),
+                                      is_idle(&t->m.config, t->a.T, x));
+        if (error > most) most = error, *where = i;
+    }
+    return most;
+}
+
+static void check_model(const char *what, Model m, size_t B, size_t T)
+{
+    Trial t = trial_make(m, B, T);
+    size_t where = 0;
+    double error = trial_error(&t, &where);
+    within(error, tolerance, label("%s, %s", what, name_of(&t.m, where)));
+    trial_free(&t);
+}
+
+static void test_model_gradient(void)
+{
+    Config c = small_config();
+    check_model("all of it", random_model(&c, 1, 1), 2, 7);
+    check_model("T 2", random_model(&c, 1, 4), 3, 2);
+    c.norm_topk = 0, c.S = 0, c.mtp_weight = 1;
+    check_model("no norm_topk, no shared expert", random_model(&c, 1, 7), 2, 5);
+
+    c = small_config();
+    c.Rq = 0, c.D = 1;
+    check_model("no query latent, B 1", random_model(&c, 1, 2), 1, 6);
+    c.E = 0;
+    check_model("dense", random_model(&c, 1, 8), 2, 6);
+
+    c = small_config();
+    c.Dr = 6, c.yarn_factor = 4, c.yarn_original = 4, c.yarn_fast = 32, c.yarn_slow = 1;
+    c.yarn_mscale = 1, c.yarn_mscale_all_dim = 0.7, c.D = 1;
+    check_model("YaRN", random_model(&c, 1, 3), 2, 9);
+
+    c = small_config();
+    c.L = 1, c.dense = 0, c.D = 1;
+    check_model("longer than attention's block", random_model(&c, 1, 9), 1, ATTENTION_BLOCK + 7);
+    c.alpha = 0, c.D = 0, c.C = c.Rkv = c.Rq = 2, c.Dn = 1, c.Dv = 1, c.Fe = 1, c.NH = 1;
+    check_model("sizes 1", random_model(&c, 1, 10), 2, 5);
+}
+
+// A model whose routers send every token to the first K experts.
+static Model crowded_model(const Config *c, uint64_t seed)
+{
+    Model m = random_model(c, 1, seed);
+    for (size_t l = c->dense; l < layers(c); l++)
+        for (size_t e = 0; e < c->K; e++) m.layer[l].router_bias[e] = 10 - (double)e;
+    return m;
+}
+
+static void test_model_gradient_routing(void)
+{
+    Config c = small_config();
+    c.G = c.KG = 1;
+    check_model("two experts have all tokens", crowded_model(&c, 12), 2, 7);
+    c.K = 1;
+    check_model("one expert has all tokens", crowded_model(&c, 13), 2, 7);
+    c.K = c.E;
+    check_model("K = E", random_model(&c, 1, 6), 2, 5);
+    c.K = c.E = 1;
+    check_model("E 1", random_model(&c, 1, 14), 2, 5);
+
+    c = small_config();
+    Model m = random_model(&c, 1, 15);
+    for (size_t l = c.dense; l < layers(&c); l++) {
+        memset(m.layer[l].w_router, 0, c.E * c.C * sizeof(real));
+        memset(m.layer[l].router_bias, 0, c.E * sizeof(accum));
+    }
+    check_model("ties", m, 2, 7);
+}
+
+// A sequence too short for the MTP depths: they have no position, and must take no part.
+static void test_model_gradient_t1(void)
+{
+    Config c = small_config();
+    double loss[2];
+    check_model("T 1", random_model(&c, 1, 5), 2, 1);
+    for (int i = 0; i < 2; i++, c.D = 0) {
+        Model m = random_model(&c, 1, 5);
+        Acts a = acts_make(&c, 2, 1, 1);
+        acts_load(&a, random_ints(4, c.V, 11));
+        model_forward(&m, &a);
+        loss[i] = model_losses(&m, &a).total;
+        acts_free(&a);
+        model_free(&m);
+    }
+    EXPECT(loss[0] == loss[1], "the loss is %.9g, without MTP %.9g", loss[0], loss[1]);
+}
+
+// Gradients add up from pass to pass, and take the scale.
+static void test_model_gradient_accumulates(void)
+{
+    Config c = small_config();
+    Model m = random_model(&c, 1, 16);
+    Acts a = acts_make(&c, 2, 7, 1);
+    size_t n = m.layout.elements;
+    acts_load(&a, random_ints(2 * 8, c.V, 17));
+    model_forward(&m, &a);
+    model_backward(&m, &a, 1);
+    accum *expected = copy_of(m.grads, n);
+    model_backward(&m, &a, 1);
+    for (size_t i = 0; i < n; i++) expected[i] *= 2;
+    within(relative_error(m.grads, expected, n), 1e-14, "two passes");
+    model_backward(&m, &a, -2.37);
+    for (size_t i = 0; i < n; i++) expected[i] *= (2 - 2.37) / 2;
+    within(relative_error(m.grads, expected, n), 1e-13, "a third, times -2.37");
+    acts_free(&a);
+    model_free(&m);
+}
+
+// The checks above can fail: with any one number wrong of what a forward saves, they do.
+static void test_broken_backward_is_seen(void)
+{
+    static const size_t norm_size[] = {3, 13, 13, 13}, attention_size[] = {2, 7, 3, 3, 2, 5};
+    double least = rmsnorm_error(norm_size, SET, 1.0001), error;
+    least = fmin(least, attention_error(attention_size, 1e-4, 0));
+    least = fmin(least, attention_error(attention_size, 0, 1e-4));
+    EXPECT(least > tolerance, "an operation's wrong gradient passes with error %.3g", least);
+
+    Config small = small_config(), *c = &small;
+    Trial t = trial_make(random_model(c, 1, 1), 2, 7);
+    size_t where = 0, broken = 0;
+    for (size_t l = 0; l < layers(c); l++) {
+        LayerActs *al = &t.a.layer[l];
+#define BREAK(type, field, sets, kept, rows, cols) \
+        if (((kept) & VALUE) && al->field && sizeof(type) == sizeof(real) && \
+            strcmp(#field, "balance") && strcmp(#field, "loss")) { /* results, not needed */ \
+            size_t at = (size_t)(cols) + ((cols) > 1); /* the second row's second number */ \
+            type was = al->field[at]; \
+            al->field[at] = (type)(1.001 * (double)was + 1e-4); \
+            least = fmin(least, error = trial_error(&t, &where)); \
+            EXPECT(error > tolerance, "layer %zu: a wrong " #field " passes with %.3g", l, error); \
+            al->field[at] = was; \
+            broken++; \
+        }
+        LAYER_ACTS(BREAK)
+    }
+    within(trial_error(&t, &where), tolerance, "mended again");
+    EXPECT(broken > 100, "only %zu numbers were broken", broken);
+    snprintf(remark, sizeof remark, "%zu ways to break it, the least seen at %.1e", broken, least);
+    trial_free(&t);
+}
+#endif // MOE_DOUBLE
+
+#ifndef MOE_DOUBLE
+// ------------------------------------------------------------------------------------------------
+// Fast paths
+
+// Every (i, j) of a product of the given sizes and strides against the sum by the definition, in
+// double, relative to the sum of the terms' sizes.
+static void check_gemm(size_t m, size_t n, size_t k, int layout, int add, uint64_t seed)
+{
+    size_t pad = random_u64(seed, 1, 0) % 3; // a row may be longer than is used
+    int c_t = layout & 1, a_t = layout >> 1 & 1, b_t = layout >> 2 & 1; // stored transposed
+    size_t c_row = c_t ? 1 : n + pad, c_col = c_t ? m + pad : 1;
+    size_t a_row = a_t ? 1 : k + pad, a_col = a_t ? m + pad : 1;
+    size_t b_row = b_t ? 1 : n + pad, b_col = b_t ? k + pad : 1;
+    size_t c_size = (m + pad) * (n + pad);
+    real *a = random_reals((m + pad) * (k + pad), seed);
+    real *b = random_reals((k + pad) * (n + pad), seed + 1);
+    real *c = random_reals(c_size, seed + 2), *was = copy_of(c, c_size);
+    gemm(c, c_row, c_col, a, a_row, a_col, b, b_row, b_col, m, n, k, add);
+    double most = 0;
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < n; j++) {
+            size_t at = i * c_row + j * c_col;
+            double sum = add ? was[at] : 0, sizes = 1e-30 + fabs(sum);
+            for (size_t p = 0; p < k; p++) {
+                double term = (double)a[i * a_row + p * a_col] * (double)b[p * b_row + j * b_col];
+                sum += term, sizes += fabs(term);
+            }
+            double error = fabs(c[at] - sum) / sizes;
+            if (!(error <= most)) most = error;
+            was[at] = c[at];
+        }
+    const char *what = label("%zu x %zu x %zu, layout %d, add %d", m, n, k, layout, add);
+    within(most, 2e-6, what);
+    EXPECT(!memcmp(c, was, c_size * sizeof(real)), "%s: wrote between the rows", what);
+}
+
+static void test_gemm(void)
+{
+    for (size_t i = 0; i < 600; i++) {
+        int *size = random_ints(3, 71, i);
+        if (i % 4 == 0) size[0] %= 10; // few rows
+        check_gemm((size_t)size[0], (size_t)size[1], (size_t)size[2], (int)(i / 2 % 8), (int)i % 2,
+                   10 * i);
+    }
+    static const size_t large[][3] = { // beyond KC and NC
+        {3, 2 * NC + 5, KC + 3}, {20, NC + 1, KC}, {19, 70, 2 * KC + 1}, {2 * NC + 3, 17, KC + 9},
+        {8, 33, 3 * KC}, {31, 63, KC - 1},
+    };
+    for (size_t i = 0; i < 6; i++)
+        for (int layout = 0; layout < 8; layout++)
+            check_gemm(large[i][0], large[i][1], large[i][2], layout, layout % 2, 7000 + i);
+}
+
+// A number's bits do not depend on which rows and columns are computed along with it.
+static void test_gemm_bits(void)
+{
+    enum { M = 150, N = 170, K = KC + 37 };
+    real *a = random_reals(M * K, 1), *b = random_reals(N * K, 2);
+    real *whole = reals(M * N), *parts = reals(M * N);
+    static const size_t cut[][2] = {{M, N}, {1, N}, {9, 11}, {50, 37}, {71, N}, {M, 16}};
+    for (int b_t = 0; b_t < 2; b_t++) {
+        size_t b_row = b_t ? 1 : N, b_col = b_t ? K : 1;
+        gemm(whole, N, 1, a, K, 1, b, b_row, b_col, M, N, K, SET);
+        for (size_t i = 0; i < 6; i++) {
+            size_t rows = b_t && cut[i][0] < 9 ? 9 : cut[i][0], cols = cut[i][1];
+            for (size_t r = 0, take; r < M; r += take) {
+                take = min_size(rows, M - r);
+                if (M - r - take < 9) take = M - r; // few rows are summed in another order
+                for (size_t j = 0; j < N; j += cols)
+                    gemm(parts + r * N + j, N, 1, a + r * K, K, 1, b + j * b_col, b_row, b_col,
+                         take, min_size(cols, N - j), K, SET);
+            }
+            EXPECT(!memcmp(whole, parts, M * N * sizeof(real)),
+                   "in pieces of %zu x %zu the bits are others, b_t %d", rows, cols, b_t);
+        }
+    }
+    gemm(whole, N, 1, a, K, 1, b, 1, K, 8, N, K, SET);
+    for (size_t m = 1; m < 8; m++) {
+        gemm(parts, N, 1, a, K, 1, b, 1, K, m, N, K, SET);
+        EXPECT(!memcmp(whole, parts, m * N * sizeof(real)), "%zu rows have other bits than 8", m);
+        gemm(parts, N, 1, a + K, K, 1, b, 1, K, m, N, K, SET);
+        EXPECT(!memcmp(whole + N, parts, m * N * sizeof(real)), "from row 1, %zu rows differ", m);
+        gemm(parts, N, 1, a, K, 1, b + 3 * K, 1, K, m, 6, K, SET);
+        for (size_t i = 0; i < m; i++)
+            EXPECT(!memcmp(whole + i * N + 3, parts + i * N, 6 * sizeof(real)), "columns 3 to 8");
+    }
+}
+
+static void test_fast_exp(void)
+{
+    enum { STEPS = 1 << 20 };
+    double most = 0;
+    real before = 0;
+    for (int i = 0; i <= STEPS; i++) {
+        real x = (real)(-87 + 175.0 * i / STEPS), y = fast_exp(x);
+        double exact = exp((double)x);
+        int exponent;
+        frexp(exact, &exponent);
+        double error = fabs(y - exact) / ldexp(1, exponent - 24); // in units in the last place
+        if (!(error <= most)) most = error;
+        EXPECT(y > before, "not rising at %.9g", x);
+        before = y;
+    }
+    snprintf(remark, sizeof remark, "%.2f ulp", most);
+    EXPECT(most <= 2, "expected at most 2 ulp, got %.2f", most);
+    for (real x = 0.346f; x < 0.348f; x = nextafterf(x, 1)) // across ln(2)/2, where n changes
+        EXPECT(fast_exp(nextafterf(x, 1)) >= fast_exp(x) * (1 - 1.2e-7f), "falls at %.9g", x);
+    EXPECT(fast_exp(0) == 1, "expected 1 at 0, got %.9g", fast_exp(0));
+    EXPECT(fast_exp(-87.1f) == 0 && fast_exp(-INFINITY) == 0, "not 0 below -87");
+    EXPECT(fast_exp(1000) > 1e38f, "expected something huge at 1000, got %g", fast_exp(1000));
+    EXPECT(isnan(fast_exp(NAN)), "NaN became %g", fast_exp(NAN));
+    EXPECT(sigmoid(-200) < 1e-37f && sigmoid(200) == 1 && sigmoid(0) == 0.5f, "sigmoid's ends");
+}
+
+// The same bits with any number of threads: losses, gradients, and two steps of Muon and AdamW.
+static void test_threads_same_bits(void)
+{
+    Config c = small_config();
+    c.V = 70, c.C = 67, c.NH = 3, c.Fe = 33, c.F = 150; // several tiles, odd shares
+    double loss[4];
+    real *w = NULL, *g = NULL;
+    for (size_t threads = 1; threads <= 3; threads++) {
+        use_threads(threads);
+        Model m = random_model(&c, 1, 1);
+        size_t bytes = m.layout.elements * sizeof(real);
+        Acts a = acts_make(&c, 3, 70, 1);
+        Optimizer o = optimizer_make(&m);
+        Recipe r = {1, 0.01, 0.01, 0.9, 0.95, 1e-8, 0.1, 1, 0.95, 0.001};
+        acts_load(&a, random_ints(3 * 71, c.V, 3));
+        for (int step = 0; step < 2; step++) {
+            model_forward(&m, &a);
+            model_backward(&m, &a, 1);
+            optimizer_count_load(&o, &m, &a);
+            if (step && !g) g = copy_of(m.grads, m.layout.elements);
+            EXPECT(!step || !memcmp(g, m.grads, bytes), "%zu threads: other gradients", threads);
+            optimizer_step(&o, &m, &r, grad_norm(&m));
+        }
+        if (!w) w = copy_of(m.weights, m.layout.elements);
+        EXPECT(!memcmp(w, m.weights, bytes), "%zu threads: other weights", threads);
+        loss[threads] = model_losses(&m, &a).total;
+        EXPECT(loss[threads] == loss[1], "%zu threads: loss %.9g, not %.9g", threads, loss[threads],
+               loss[1]);
+        acts_free(&a);
+        optimizer_free(&o);
+        model_free(&m);
+    }
+}
+#endif // not MOE_DOUBLE
+
+// ------------------------------------------------------------------------------------------------
+// Parity with PyTorch: the numbers of four models, made by another implementation in float64
+
+typedef struct {
+    const char *name;
+    size_t B, T;
+    const char *text;
+    double loss[4], grad_norm, logits_l2; // loss: total, main, MTP, balance
+    double logits_first[8], step_loss[10], step_norm[10]; // ten steps of AdamW
+    int load[24];      // tokens of each expert of each MoE layer
+    double grad[130];  // |gradient| of each matrix, in the layout's order, routers' biases left out
+} Golden;
+
+static const Golden golden[] = {
+    {
+        "mla", 2, 32,
+        "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:",
+        {5.95123008539, 5.95123008539, 0, 0}, 2.44844072687, 127.489057561,
+        {-1.392850125, -0.3311007696, 1.08059624, 0.6363596488, 1.009964192, -2.279864557,
+         0.5565624135, 0.1513801305},
+        {5.951230085, 5.699126833, 5.465504319, 5.250884272, 5.052514507, 4.867048014, 4.691923199,
+         4.525657433, 4.36764791, 4.217675498},
+        {2.448440727, 2.298747133, 2.13564827, 2.002743821, 1.906994454, 1.836926046, 1.778857149,
+         1.7233191, 1.668108774, 1.617041839},
+        {0},
+        {0.3838439063, 0.2053397942, 0.8587377503, 0.1771175266, 0.4392347343, 0.7803095903,
+         0.1236932131, 0.5917348124, 0.7536519901, 0.1235368817, 0.5647597111, 0.5761804853,
+         0.9923001995, 0.1066012383, 0.2103739486, 0.5622504054, 0.1313772571, 0.5363766633,
+         0.5378158829, 0.06437509462, 0.3916319478, 0.3737028405, 0.6223537531},
+    },
+    {
+        "moe", 2, 32,
+        "Second Citizen:\nWould you proceed especially against Caius Marcius",
+        {5.90582326775, 5.90582326775, 0, 2.35315155011}, 3.25123628252, 125.650744416,
+        {0.9593417985, 0.3323348494, -1.046827205, 0.5559924925, -1.235875004, -1.415685889,
+         -0.09641518132, -1.479437723},
+        {5.905823268, 5.5018953, 5.296870456, 4.987668198, 4.785099158, 4.516236687, 4.299613899,
+         4.168130258, 4.010864154, 3.88663716},
+        {3.251236283, 3.209664419, 2.978105246, 2.83529737, 2.93501889, 2.676503438, 2.407744414,
+         2.294199608, 2.258630563, 2.17081907},
+        {6, 7, 2, 25, 25, 8, 43, 12, 31, 15, 10, 25, 13, 7, 2, 25},
+        {0.4892040628, 0.2284006113, 0.8800071426, 0.2594139437, 0.7066732483, 0.1778832035,
+         0.5757239245, 0.9971794341, 0.1957105607, 0.6677008451, 0.9147652797, 0.1896701591,
+         0.742201016, 0.7384326993, 1.154334401, 0.1311970525, 0.2712129754, 0.03317147141,
+         0.2383473881, 0.7164679423, 0.1710120274, 0.5378310376, 0.6987305845, 0.1623202305,
+         0.1134362991, 0.141288445, 0.1679751728, 0.05716384481, 0.2633425426, 0.2510629023,
+         0.1515630715, 0.3269664871, 0.193200607, 0.1266219044, 0.1396713152, 0.04723421723,
+         0.2627905372, 0.2473915549, 0.1478909092, 0.2675933145, 0.1603333928, 0.07986078106,
+         0.08087150268, 0.0356756559, 0.1823848733, 0.2031503698, 0.1315567549, 0.3644375462,
+         0.1424111928, 0.44070879, 0.3472876262, 0.3120608167, 0.06391453872, 0.1409247208,
+         0.02920405043, 0.1393560358, 0.4358125127, 0.0685234953, 0.2694396328, 0.3211214389,
+         0.1220522157, 0.08286085854, 0.2106851481, 0.1087644782, 0.101099506, 0.1439854346,
+         0.09572122926, 0.06178838206, 0.04294164844, 0.1438231255, 0.2134811214, 0.174816022,
+         0.1091699186, 0.1231974254, 0.09199783512, 0.08055816693, 0.03254671836, 0.1922410306,
+         0.2023253119, 0.1044853745, 0.08571029382, 0.1168547645, 0.09826609919, 0.05860542031,
+         0.02799306188, 0.1208089643, 0.2322901578, 0.2440503139, 0.2176300572},
+    },
+    {
+        "v3", 2, 32,
+        "itizen:\nSoft! who comes here?\n\nSecond Citizen:\nWorthy Menenius Agr",
+        {7.76348245513, 5.94418437212, 5.94948072905, 3.4453864291}, 3.78251420441, 128.157182937,
+        {-0.38875266, -0.5657120921, 0.2083236591, -1.189551986, -0.1368809439, -1.203271756,
+         3.06387779, -0.8001994765},
+        {7.763482455, 7.339880038, 6.993579003, 6.641142683, 6.486746575, 6.233232813, 5.938741835,
+         5.747629032, 5.572393442, 5.412665271},
+        {3.782514204, 3.253143682, 2.967532511, 2.667114771, 2.864285413, 2.699124133, 2.43350669,
+         2.336704967, 2.331539644, 2.391365069},
+        {4, 9, 17, 16, 28, 2, 45, 7, 35, 6, 12, 21, 5, 12, 11, 26, 22, 27, 3, 18, 9, 16, 14, 15},
+        {0.6269410762, 0.2233620142, 0.8357827179, 0.2942029726, 0.8128779506, 0.1078916674,
+         0.6931379415, 1.399302584, 0.2298440782, 0.9177002278, 1.112611804, 0.2199366018,
+         0.9293460953, 0.8071193137, 1.232292436, 0.1113086418, 0.4090950295, 0.07792133271,
+         0.3361213446, 0.7435257239, 0.1553340165, 0.5568379309, 0.6248447788, 0.1864637146,
+         0.06445167714, 0.1409036596, 0.1899995321, 0.2443060958, 0.1527394558, 0.2008070691,
+         0.1043251802, 0.4624097181, 0.1305783859, 0.09109257136, 0.1848680953, 0.2475338254,
+         0.2069840244, 0.2464669269, 0.1884377297, 0.4318551337, 0.1413160089, 0.05970356491,
+         0.129450289, 0.2215279379, 0.106343532, 0.1605892273, 0.08347956161, 0.4523142532,
+         0.1083545506, 0.4467949953, 0.4931771506, 0.4026580594, 0.05479125202, 0.2362936517,
+         0.03283885213, 0.1837647231, 0.3402774177, 0.06884032042, 0.2483248502, 0.3389676191,
+         0.1384705846, 0.09336814404, 0.2936257227, 0.06925377444, 0.1029391878, 0.1500902251,
+         0.05804110957, 0.1073924933, 0.111374591, 0.1533764989, 0.2716284468, 0.09077324774,
+         0.09085596352, 0.1382739097, 0.06962567303, 0.08504296212, 0.09878118851, 0.1878658649,
+         0.2279296957, 0.05576734353, 0.07928168652, 0.1092630179, 0.03883184525, 0.0771102525,
+         0.09969865346, 0.1355819554, 0.2068401867, 0.306504772, 0.2279398023, 0.0296082073,
+         0.03634419607, 0.3937489102, 0.06939263079, 0.02598847233, 0.07750958811, 0.01654533761,
+         0.06629775308, 0.1237505652, 0.01898851638, 0.08912585839, 0.1123054206, 0.03468420087,
+         0.03179544332, 0.06353987892, 0.0598481978, 0.02323105429, 0.04482633626, 0.03093177105,
+         0.04788759782, 0.04714848775, 0.04364704959, 0.06224700731, 0.06360304005, 0.02763281932,
+         0.04350428042, 0.03410044276, 0.04080017934, 0.04598227795, 0.03961118876, 0.0520291379,
+         0.05124580709, 0.01587942437, 0.04083974089, 0.03018520427, 0.03205889662, 0.03669468122,
+         0.04276723849, 0.08786457152, 0.06590900576, 0.0662762106},
+    },
+    {
+        "yarn", 2, 48,
+        "ever\nAppear in your impediment. For the dearth,\n"
+        "The gods, not the patricians, make it, and\nYour kn",
+        {5.93708370461, 5.93708370461, 0, 1.2119230141}, 2.35240939869, 154.599438847,
+        {-0.2478091964, 1.519086061, -1.074201178, -0.5145350903, 0.5039993544, -0.4114740713,
+         -0.06652025687, 0.1762480618},
+        {5.937083705, 5.688026845, 5.468484567, 5.274655089, 5.099823798, 4.954349987, 4.788952307,
+         4.65386463, 4.515222595, 4.382384532},
+        {2.352409399, 2.176715565, 2.031146924, 1.907083827, 1.806958509, 1.736743789, 1.682504327,
+         1.634408394, 1.591952397, 1.559298707},
+        {0, 20, 24, 11, 36, 12, 78, 11},
+        {0.321012159, 0.2265548816, 0.9198012221, 0.171043417, 0.4065698686, 0.06186309275,
+         0.3739842979, 0.7402730722, 0.1158024055, 0.4622871403, 0.6655668347, 0.1203778296,
+         0.5562970619, 0.5311326077, 0.8935337446, 0.08771039011, 0.2408490937, 0.03095229388,
+         0.1840644459, 0.6218654596, 0.1347799149, 0.5170249876, 0.5988222472, 0.1019722901,
+         0.03953511851, 0, 0.06477839169, 0.0944621332, 0.02580300196, 0.06740459391,
+         0.03578416645, 0.1525225244, 0.04911167491, 0, 0.06001579125, 0.09832252373,
+         0.04452043813, 0.07072251717, 0.04044828899, 0.1464927052, 0.04567758216, 0,
+         0.04073645888, 0.07508296588, 0.02165115306, 0.07079406484, 0.03229079507, 0.1759500864,
+         0.02737460532, 0.3669757362, 0.2655223923, 0.2964830139},
+    },
+};
+
+static Config golden_config(size_t i)
+{
+    Config c = config_preset(LAPTOP);
+    c.V = 256, c.C = 32, c.L = 2, c.dense = 1, c.F = 80, c.NH = 4, c.Rq = 24, c.Rkv = 16;
+    c.Dn = 8, c.Dr = 4, c.Dv = 8, c.E = 8, c.K = 2, c.S = 1, c.Fe = 24, c.G = 1, c.KG = 1;
+    c.norm_topk = 1, c.D = 0, c.Tmax = 64, c.eps = 1e-6, c.theta = 1e4, c.route_scale = 1;
+    c.alpha = 0, c.mtp_weight = 0.3, c.yarn_factor = 0;
+    const char *name = golden[i].name;
+    if (!strcmp(name, "mla")) c.dense = 2, c.Rq = 0;
+    if (!strcmp(name, "moe")) c.L = 3, c.route_scale = 2.5;
+    if (!strcmp(name, "v3"))
+        c.L = 3, c.route_scale = 2.5, c.G = 4, c.KG = 2, c.D = 1, c.alpha = 0.01;
+    if (!strcmp(name, "yarn")) {
+        c.Dr = 8, c.yarn_factor = 4, c.yarn_original = 16, c.yarn_fast = 32, c.yarn_slow = 1;
+        c.yarn_mscale = c.yarn_mscale_all_dim = 1;
+    }
+    return c;
+}
+
+// Element i of a tensor of the golden models: a hash of the tensor's name and i.
+static float golden_weight(const char *name, size_t i, size_t cols)
+{
+    uint32_t h = 2166136261u; // FNV-1a
+    for (const char *s = name; *s; s++) h = (h ^ (unsigned char)*s) * 16777619u;
+    uint32_t x = h + (uint32_t)i * 0x9E3779B9u;
+    x = (x ^ x >> 16) * 0x85EBCA6Bu;
+    x = (x ^ x >> 13) * 0xC2B2AE35u;
+    double u = (double)((x ^ x >> 16) >> 8) * 0x1p-24 - 0.5;
+    if (strstr(name, "norm.weight")) return (float)(1 + 0.4 * u);
+    if (strstr(name, "e_score_correction_bias")) return (float)(0.2 * u);
+    if (strstr(name, "embed_tokens")) return (float)(2 * u);
+    return (float)(u * sqrt(12 / (double)cols));
+}
+
+static void test_golden_weights(void)
+{
+    static const struct {
+        const char *name;
+        size_t i, cols;
+        float value;
+    } quoted[] = {
+        {"model.embed_tokens.weight", 1, 32, -0.54765451f},
+        {"model.embed_tokens.weight", 8191, 32, 0.978361011f},
+        {"model.layers.0.self_attn.q_a_layernorm.weight", 23, 24, 0.879346132f},
+        {"model.layers.1.mlp.gate.e_score_correction_bias", 0, 8, -0.0343917608f},
+        {"model.layers.2.mlp.experts.7.down_proj.weight", 0, 24, -0.218977794f},
+        {"model.layers.2.mlp.experts.7.down_proj.weight", 767, 24, 0.114208393f},
+    };
+    for (size_t i = 0; i < sizeof quoted / sizeof *quoted; i++)
+        near(golden_weight(quoted[i].name, quoted[i].i, quoted[i].cols), quoted[i].value, 0,
+             quoted[i].name);
+}
+
+static void golden_case(size_t which)
+{
+    const Golden *g = &golden[which];
+    int exact = sizeof(real) == sizeof(double); // what float allows, or the printed digits
+    double loss_tol = exact ? 1e-8 : 1e-5, grad_tol = exact ? 1e-8 : 1e-4;
+    Config c = golden_config(which);
+    Model m = model_make(&c, 1);
+    for (size_t i = 0; i < m.layout.tensors; i++) {
+        const Tensor *t = &m.layout.tensor[i];
+        size_t n = t->rows * t->cols;
+        for (size_t j = 0; j < tensor_size(t); j++) {
+            char name[NAME_MAX_LENGTH];
+            tensor_name(name, t, j / n);
+            m.weights[t->offset + j] = golden_weight(name, j % n, t->cols);
+        }
+    }
+    int *tokens = (int *)room(g->B * (g->T + 1), sizeof(int));
+    EXPECT(strlen(g->text) == g->B * (g->T + 1), "the text has %zu bytes", strlen(g->text));
+    tokens_copy(tokens, g->text, g->B * (g->T + 1));
+    Acts a = acts_make(&c, g->B, g->T, 1);
+    Optimizer o = optimizer_make(&m);
+    Recipe r;
+    memset(&r, 0, sizeof r);
+    r.lr = r.adam_lr = r.bias_speed = 1e-3, r.beta1 = 0.9, r.beta2 = 0.95, r.eps = 1e-8;
+    r.decay = 0.1, r.clip = 1;
+    acts_load(&a, tokens);
+    for (int step = 0; step < (exact ? 10 : 5); step++) {
+        model_forward(&m, &a);
+        model_backward(&m, &a, 1);
+        optimizer_count_load(&o, &m, &a);
+        Losses s = model_losses(&m, &a);
+        double norm = grad_norm(&m);
+        near(s.total, g->step_loss[step], exact ? 1e-8 : 1e-4, label("loss of step %d", step + 1));
+        near(norm, g->step_norm[step], exact ? 1e-8 : 1e-3, label("norm of step %d", step + 1));
+        if (step > 0) {
+            optimizer_step(&o, &m, &r, norm);
+            continue;
+        }
+        const real *logits = a.layer[c.L - 1].logits;
+        real first[8];
+        for (size_t i = 0; i < 8; i++) first[i] = (real)g->logits_first[i];
+        near(s.total, g->loss[0], loss_tol, "loss");
+        near(s.main, g->loss[1], loss_tol, "main loss");
+        near(s.mtp, g->loss[2], loss_tol, "MTP loss");
+        if (g->loss[3] > 0) near(s.balance, g->loss[3], loss_tol, "balance loss");
+        near(norm, g->grad_norm, grad_tol, "grad_norm");
+        near(norm_of(logits, g->B * g->T * 256), g->logits_l2, loss_tol, "|logits|");
+        within(relative_error(logits, first, 8), loss_tol, "first logits");
+        const int *load = g->load;
+        const double *grad = g->grad;
+        for (size_t l = 0; l < layers(&c); l++)
+            for (size_t e = 0; e < c.E && is_moe(&c, l); e++, load++)
+                EXPECT(o.load[l * c.E + e] == *load, "layer %zu, expert %zu: %d tokens, not %d", l,
+                       e, o.load[l * c.E + e], *load);
+        for (size_t i = 0; i < m.layout.tensors; i++) {
+            const Tensor *t = &m.layout.tensor[i];
+            size_t n = t->rows * t->cols;
+            for (size_t k = 0; k < t->count && t->kind != ROUTER_BIAS; k++)
+                near(norm_of(m.grads + t->offset + k * n, n), *grad++, grad_tol,
+                     label("gradient of %s (%zu)", name_of(&m, i), k));
+        }
+        EXPECT(grad - g->grad == 130 || *grad == 0, "%s: more gradients are quoted", g->name);
+        optimizer_step(&o, &m, &r, norm);
+    }
+    optimizer_free(&o);
+    acts_free(&a);
+    model_free(&m);
+}
+
+static void test_pytorch_mla(void) { golden_case(0); }
+static void test_pytorch_moe(void) { golden_case(1); }
+static void test_pytorch_v3(void) { golden_case(2); }
+static void test_pytorch_yarn(void) { golden_case(3); }
+
+#ifdef MOE_DOUBLE
+// ------------------------------------------------------------------------------------------------
+// Optimizers, each by its definition
+
+// Five steps X <- a X + (b B + c B^2) X with B = X X^T, rows as they are, tall or wide.
+static void naive_newton_schulz(double *X, size_t m, size_t n)
+{
+    double *B = reals(m * m), *P = reals(m * m), *Y = reals(m * n);
+    for (int step = 0; step < 5; step++) {
+        for (size_t i = 0; i < m * m; i++) {
+            B[i] = 0;
+            for (size_t k = 0; k < n; k++) B[i] += X[i / m * n + k] * X[i % m * n + k];
+        }
+        for (size_t i = 0; i < m * m; i++) {
+            P[i] = -4.7750 * B[i];
+            for (size_t k = 0; k < m; k++) P[i] += 2.0315 * B[i / m * m + k] * B[k * m + i % m];
+        }
+        for (size_t i = 0; i < m * n; i++) {
+            Y[i] = 3.4445 * X[i];
+            for (size_t k = 0; k < m; k++) Y[i] += P[i / n * m + k] * X[k * n + i % n];
+        }
+        memcpy(X, Y, m * n * sizeof(double));
+    }
+}
+
+// Makes the rows of Q [m, n], m <= n, orthonormal.
+static void orthonormalise(double *Q, size_t m, size_t n)
+{
+    for (size_t i = 0; i < m; i++) {
+        for (size_t pass = 0; pass < 2; pass++) // twice is enough (Kahan)
+            for (size_t j = 0; j < i; j++) {
+                double dot = 0;
+                for (size_t k = 0; k < n; k++) dot += Q[i * n + k] * Q[j * n + k];
+                for (size_t k = 0; k < n; k++) Q[i * n + k] -= dot * Q[j * n + k];
+            }
+        double norm = norm_of(Q + i * n, n);
+        for (size_t k = 0; k < n; k++) Q[i * n + k] /= norm;
+    }
+}
+
+// With X = U S V, each singular value s must have become p(p(p(p(p(s))))), which is near 1, with
+// p(s) = a s + b s^3 + c s^5.
+static void test_newton_schulz(void)
+{
+    static const size_t size[][2] = {{1, 1}, {5, 13}, {17, 17}, {53, 60}, {31, 190}}; // m, n
+    double lowest = 2, highest = 0;
+    for (size_t i = 0; i < 5; i++) {
+        size_t m = size[i][0], n = size[i][1];
+        real *X = reals(m * n), *expected = reals(m * n);
+        real *U = random_reals(m * m, i), *V = random_reals(m * n, 100 + i);
+        real *Y = random_reals(m * n, 1), *A = random_reals(m * m, 2), *A2 = random_reals(m * m, 3);
+        orthonormalise(U, m, m);
+        orthonormalise(V, m, n);
+        for (size_t j = 0; j < m; j++) {
+            double s = 0.01 + 0.99 * random_uniform(8, i, j) * random_uniform(9, i, j), p = s;
+            for (int step = 0; step < 5; step++)
+                p = 3.4445 * p - 4.7750 * pow(p, 3) + 2.0315 * pow(p, 5);
+            lowest = fmin(lowest, p), highest = fmax(highest, p);
+            for (size_t k = 0; k < m * n; k++) {
+                X[k] += U[k / n * m + j] * s * V[j * n + k % n];
+                expected[k] += U[k / n * m + j] * p * V[j * n + k % n];
+            }
+        }
+        newton_schulz(X, Y, A, A2, m, n);
+        within(relative_error(X, expected, m * n), 1e-11, label("%zu x %zu", m, n));
+    }
+    EXPECT(lowest > 0.65 && highest < 1.25, "singular values go to %.3f .. %.3f", lowest, highest);
+    snprintf(remark, sizeof remark, "singular values end in %.3f .. %.3f", lowest, highest);
+}
+
+// One step by the definitions on weights w and momenta m, v; the gradients count times clipped.
+static void naive_step(const Model *model, const Recipe *r, double *w, double *m, double *v,
+                       int *load, long step, double clipped)
+{
+    for (size_t i = 0; i < model->layout.tensors; i++) {
+        const Tensor *t = &model->layout.tensor[i];
+        size_t matrix = t->rows * t->cols;
+        for (size_t at = t->offset; at < t->offset + tensor_size(t); at += matrix) {
+            double *X = reals(matrix), square = 0;
+            if (t->kind == ROUTER_BIAS) {
+                int total = 0, *n = load + t->layer * (int)t->cols;
+                for (size_t e = 0; e < t->cols; e++) total += n[e];
+                for (size_t e = 0; e < t->cols; e++) {
+                    int above = n[e] * (int)t->cols - total; // exact: over or under the mean
+                    w[at + e] += above > 0 ? -r->bias_speed : above < 0 ? r->bias_speed : 0;
+                }
+            } else if (t->kind == MATRIX && r->muon) {
+                for (size_t j = 0; j < matrix; j++) {
+                    double g = clipped * model->grads[at + j];
+                    m[at + j] = r->momentum * m[at + j] + g;
+                    X[j] = g + r->momentum * m[at + j];
+                    square += X[j] * X[j];
+                }
+                for (size_t j = 0; j < matrix; j++) X[j] /= sqrt(square);
+                naive_newton_schulz(X, t->rows, t->cols);
+                double scale = 0.2 * sqrt(fmax((double)t->rows, (double)t->cols));
+                for (size_t j = 0; j < matrix; j++)
+                    w[at + j] -= r->lr * (r->decay * w[at + j] + scale * X[j]);
+            } else {
+                double decay = t->kind == NORM ? 0 : r->decay;
+                for (size_t j = at; j < at + matrix; j++) {
+                    double g = clipped * model->grads[j];
+                    m[j] = r->beta1 * m[j] + (1 - r->beta1) * g;
+                    v[j] = r->beta2 * v[j] + (1 - r->beta2) * g * g;
+                    double mean = m[j] / (1 - pow(r->beta1, step));
+                    double square_mean = v[j] / (1 - pow(r->beta2, step));
+                    w[j] -= r->adam_lr * (decay * w[j] + mean / (sqrt(square_mean) + r->eps));
+                }
+            }
+        }
+    }
+}
+
+static void check_optimizer(int muon)
+{
+    Config c = small_config(); // E 6: a mean load that binary fractions do not hold
+    Model m = random_model(&c, 1, 1);
+    Optimizer o = optimizer_make(&m);
+    size_t n = m.layout.elements, loads = layers(&c) * c.E;
+    double *w = copy_of(m.weights, n), *u = reals(n), *v = reals(n);
+    Recipe r = {muon, 0.03, 0.02, 0.9, 0.95, 1e-8, 0.1, 0, 0.95, 0.01};
+    for (long step = 1; step <= 4; step++) {
+        int *load = random_ints(loads, 9, (uint64_t)step);
+        for (size_t e = 0; e < c.E; e++) load[c.dense * c.E + e] = (int)step; // in balance
+        memcpy(o.load, load, loads * sizeof(int));
+        for (size_t i = 0; i < m.layout.tensors; i++) {
+            const Tensor *t = &m.layout.tensor[i];
+            for (size_t j = 0; j < tensor_size(t) && t->kind != ROUTER_BIAS; j++)
+                m.grads[t->offset + j] = 0.1 * random_normal((uint64_t)step, i, j);
+        }
+        double norm = norm_of(m.grads, n);
+        near(grad_norm(&m), norm, 1e-13, "grad_norm");
+        r.clip = step == 1 ? 0 : step == 2 ? 2 * norm : 0.7; // none, not reached, reached
+        naive_step(&m, &r, w, u, v, load, step, step > 2 ? 0.7 / (norm + 1e-6) : 1);
+        optimizer_step(&o, &m, &r, norm);
+        EXPECT(norm_of(m.grads, n) == 0, "the gradients are not cleared");
+        for (size_t e = 0; e < loads; e++)
+            EXPECT(!o.load[e] || !is_moe(&c, e / c.E), "the load is not cleared");
+        for (size_t i = 0; i < m.layout.tensors; i++) {
+            const Tensor *t = &m.layout.tensor[i];
+            within(relative_error(m.weights + t->offset, w + t->offset, tensor_size(t)), 1e-11,
+                   label("step %ld, %s", step, name_of(&m, i)));
+        }
+    }
+    optimizer_free(&o);
+    model_free(&m);
+}
+
+static void test_adamw(void) { check_optimizer(0); }
+
+static void test_muon(void) { check_optimizer(1); }
+#endif // MOE_DOUBLE
+
+// ------------------------------------------------------------------------------------------------
+// Generation
+
+static double decode_tolerance(void) { return sizeof(real) == sizeof(double) ? 1e-10 : 1e-5; }
+
+// Attention over a ring of latents, rows put in a few at a time, against attention by the
+// definition over the keys and values that the latents stand for.
+static void test_latent_attention(void)
+{
+    enum { SLOTS = 2, T = 23, NH = 3, Dn = 5, Dr = 4, Dv = 7, Rkv = 9, CHUNK = 4 };
+    enum { NKV = NH * (Dn + Dv), NQ = NH * (Dn + Dr), NOUT = NH * Dv };
+    real *q = random_reals(SLOTS * T * NQ, 1), *w_b = random_reals(NKV * Rkv, 2);
+    real *c_kv = random_reals(SLOTS * T * Rkv, 3), *k_pe = random_reals(SLOTS * T * Dr, 4);
+    real *kv = reals(SLOTS * T * NKV), *latent = random_reals(2 * NH * 8 * Rkv, 5);
+    real *plain = reals(SLOTS * T * NOUT);
+    for (size_t i = 0; i < SLOTS * T * NKV; i++)
+        for (size_t j = 0; j < Rkv; j++) kv[i] += c_kv[i / NKV * Rkv + j] * w_b[i % NKV * Rkv + j];
+    for (size_t window = 1; window <= T; window += 5) {
+        size_t capacity = window + CHUNK;
+        real *c = reals(SLOTS * capacity * Rkv), *r = reals(SLOTS * capacity * Dr);
+        for (size_t s = 0; s < SLOTS; s++)
+            naive_attention(plain + s * T * NOUT, q + s * T * NQ, kv + s * T * NKV,
+                            k_pe + s * T * Dr, T, NH, Dn, Dr, Dv, window, 0.6);
+        for (size_t t = 0, n; t < T; t += n / SLOTS) { // both sequences, up to CHUNK rows of each
+            int slot[SLOTS * CHUNK], pos[SLOTS * CHUNK];
+            real rows[SLOTS * CHUNK * NQ], out[SLOTS * CHUNK * NOUT];
+            real expected[SLOTS * CHUNK * NOUT];
+            size_t take = min_size(1 + t % CHUNK, T - t);
+            for (n = 0; n < SLOTS * take; n++) {
+                slot[n] = (int)(n % SLOTS), pos[n] = (int)(t + n / SLOTS);
+                size_t at = (size_t)(slot[n] * T + pos[n]);
+                memcpy(rows + n * NQ, q + at * NQ, NQ * sizeof(real));
+                memcpy(expected + n * NOUT, plain + at * NOUT, NOUT * sizeof(real));
+                cache_store(c, c_kv + at * Rkv, slot + n, pos + n, 1, Rkv, capacity);
+                cache_store(r, k_pe + at * Dr, slot + n, pos + n, 1, Dr, capacity);
+            }
+            latent_attention(out, latent, rows, w_b, c, r, slot, pos, n, NH, Dn, Dr, Dv, Rkv,
+                             capacity, window, 0.6);
+            within(relative_error(out, expected, n * NOUT), decode_tolerance(),
+                   label("window %zu, position %zu", window, t));
+        }
+    }
+}
+
+// One call of decode() and one of decode_mtp() for rows (slot, pos) of three sequences; their
+// logits are compared with those of a forward pass over the whole sequences.
+static void check_decode(Decoder *d, const Acts *a, const int *tokens, const int *slot,
+                         const int *pos, size_t n)
+{
+    const Config *c = &d->m->config;
+    size_t V = c->V, T = a->T;
+    int row[8], next[8];
+    for (size_t i = 0; i < n; i++) {
+        row[i] = tokens[(size_t)slot[i] * (T + 1) + (size_t)pos[i]];
+        next[i] = tokens[(size_t)slot[i] * (T + 1) + (size_t)pos[i] + 1];
+    }
+    decode(d, row, slot, pos, n);
+    for (size_t depth = 0; depth < 2; depth++) {
+        for (size_t i = 0; i < n; i++) {
+            size_t Tk = T - depth, at = (size_t)slot[i] * Tk + (size_t)pos[i];
+            const real *expected = a->layer[c->L - 1 + depth].logits + at * V;
+            if ((size_t)pos[i] < Tk)
+                within(relative_error(d->a.logits + i * V, expected, V), decode_tolerance(),
+                       label("depth %zu, slot %d, position %d", depth, slot[i], pos[i]));
+        }
+        if (depth == 0) decode_mtp(d, next, n);
+    }
+}
+
+static void test_decode(void)
+{
+    enum { T = 19 };
+    Config c = small_config();
+    c.init_std = 0.2;
+    for (int variant = 0; variant < 2; variant++) {
+        if (variant) {
+            c.Rq = 0, c.Dr = 4, c.dense = 0, c.yarn_factor = 4, c.yarn_original = 8;
+            c.yarn_fast = 32, c.yarn_slow = 1, c.yarn_mscale = 1, c.yarn_mscale_all_dim = 0.5;
+        }
+        Model m = random_model(&c, 0, 21);
+        Acts a = acts_make(&c, 3, T, 1);
+        int *tokens = random_ints(3 * (T + 1), c.V, 22), slot[8], pos[8], at[3] = {0, 0, 0};
+        acts_load(&a, tokens);
+        model_forward(&m, &a);
+        Decoder d = decoder_make(&m, 3, T + 3, 8, T);
+        for (pos[0] = 0, slot[0] = 2; pos[0] < T; pos[0]++) // token by token
+            check_decode(&d, &a, tokens, slot, pos, 1);
+        for (size_t begin = 0, n; begin < T; begin += n) { // in chunks; old entries must not show
+            static const size_t chunk[4] = {5, 1, 8, 3};
+            n = min_size(chunk[begin % 4], T - begin);
+            for (size_t i = 0; i < n; i++) slot[i] = 2, pos[i] = (int)(begin + i);
+            check_decode(&d, &a, tokens, slot, pos, n);
+        }
+        while (at[0] + at[1] + at[2] < 3 * T) { // three sequences side by side, each at its pace
+            size_t n = 0;
+            for (int s = 2; s >= 0; s--)
+                for (int i = 0; i <= s && at[s] < T; i++) slot[n] = s, pos[n++] = at[s]++;
+            check_decode(&d, &a, tokens, slot, pos, n);
+        }
+        decoder_free(&d);
+        acts_free(&a);
+        model_free(&m);
+    }
+}
+
+// In a model of one layer a token with a window of W sees what it would as the last of W tokens,
+// for RoPE knows distances only. And a ring that turns gives what one does that never fills up.
+static void test_window(void)
+{
+    enum { T = 60, W = 11 };
+    Config c = small_config();
+    c.L = 1, c.D = 0, c.init_std = 0.2;
+    Model m = random_model(&c, 0, 31);
+    size_t V = c.V;
+    int *tokens = random_ints(T + 1, c.V, 32), slot[4] = {0, 0, 0, 0}, pos[4];
+    Decoder ring = decoder_make(&m, 1, W, 4, T), roomy = decoder_make(&m, 1, W, 4 + T, T);
+    EXPECT(ring.capacity < T / 2 && roomy.capacity > T, "capacities %zu, %zu", ring.capacity,
+           roomy.capacity);
+    for (size_t t = 0, n; t < T; t += n) {
+        n = min_size(1 + t % 4, T - t);
+        for (size_t i = 0; i < n; i++) pos[i] = (int)(t + i);
+        decode(&ring, tokens + t, slot, pos, n);
+        decode(&roomy, tokens + t, slot, pos, n);
+        EXPECT(!memcmp(ring.a.logits, roomy.a.logits, n * V * sizeof(real)), "position %zu", t);
+        for (size_t i = 0; i < n; i++) {
+            size_t seen = min_size(t + i + 1, W);
+            Acts a = acts_make(&c, 1, seen, 0);
+            acts_load(&a, tokens + t + i + 1 - seen);
+            model_forward(&m, &a);
+            within(relative_error(ring.a.logits + i * V, a.layer[0].logits + (seen - 1) * V, V),
+                   decode_tolerance(), label("position %zu", t + i));
+            acts_free(&a);
+        }
+    }
+    decoder_free(&ring);
+    decoder_free(&roomy);
+    model_free(&m);
+}
+
+static int emitted[1000];
+static size_t emits;
+
+static void emit(int token) { emitted[emits++] = token; }
+
+// Generates with and without speculation: the same text, also where the window has moved on.
+// Returns how many drafts were accepted.
+static size_t check_generate(const Model *m, double temperature, size_t window, const char *what)
+{
+    enum { PROMPT = 13, COUNT = 90 };
+    size_t accepted = 0;
+    Sampler s = {temperature, 0, 1, 5};
+    int *prompt = random_ints(PROMPT, m->config.V, 41), first[PROMPT + COUNT];
+    for (int speculate = 0; speculate < 2; speculate++)
+        for (size_t rows = speculate + 1u; rows < 20; rows += 5) { // the prompt in bits, or at once
+            int text[PROMPT + COUNT + 2];
+            memcpy(text, prompt, PROMPT * sizeof(int));
+            emits = 0;
+            Decoder d = decoder_make(m, 1, window, rows, PROMPT + COUNT + 1);
+            Generation g = generate(&d, &s, text, PROMPT, COUNT, speculate, emit);
+            decoder_free(&d);
+            EXPECT(g.generated == COUNT && emits == COUNT, "%s: %zu tokens, %zu of them given",
+                   what, g.generated, emits);
+            EXPECT(!memcmp(emitted, text + PROMPT, COUNT * sizeof(int)), "%s: gave others", what);
+            EXPECT(g.calls + g.accepted == COUNT && g.accepted <= g.drafted &&
+                   (speculate ? g.drafted > COUNT / 4 : !g.drafted),
+                   "%s: %zu calls, %zu drafts, %zu accepted", what, g.calls, g.drafted, g.accepted);
+            if (!speculate && rows == 1) memcpy(first, text, sizeof first);
+            EXPECT(!memcmp(first, text, sizeof first), "%s, window %zu: another text where "
+                   "speculate is %d and rows %zu", what, window, speculate, rows);
+            accepted = g.accepted;
+        }
+    return accepted;
+}
+
+static void test_generate(void)
+{
+    Config c = small_config();
+    Model m = random_model(&c, 0, 40);
+    check_generate(&m, 0, 103, "greedy");
+    check_generate(&m, 1, 103, "sampled");
+    check_generate(&m, 1, 16, "sampled");
+    model_free(&m);
+}
+
+#ifndef MOE_DOUBLE
+// A token's share of many draws is its probability, after top-k and top-p.
+static void test_sample_token(void)
+{
+    enum { V = 12, DRAWS = 20000 };
+    static const struct {
+        double temperature;
+        int top_k;
+        double top_p;
+    } cases[] = {{1, 0, 1}, {0.6, 0, 1}, {1, 5, 1}, {1, 0, 0.7}, {1.3, 7, 0.6}, {1, 50, 1}};
+    real *logits = random_reals(V, 51);
+    for (size_t i = 0; i < V; i++) logits[i] *= 2;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Sampler s = {cases[i].temperature, cases[i].top_k, cases[i].top_p, 52};
+        double p[V], sum = 0, left = 0, most = 0;
+        int count[V] = {0};
+        for (size_t v = 0; v < V; v++) sum += p[v] = exp((double)logits[v] / s.temperature);
+        for (size_t v = 0; v < V; v++) p[v] /= sum;
+        double all[V];
+        memcpy(all, p, sizeof p);
+        for (size_t v = 0; v < V; v++) { // a token goes if those ahead of it are enough
+            double ahead = 0;
+            int better = 0;
+            for (size_t u = 0; u < V; u++)
+                if (all[u] > all[v]) ahead += all[u], better++;
+            if ((s.top_k && better >= s.top_k) || ahead >= s.top_p) p[v] = 0;
+            left += p[v];
+        }
+        for (uint64_t n = 0; n < DRAWS; n++) count[sample_token(&s, logits, V, n)]++;
+        for (size_t v = 0; v < V; v++) {
+            double share = p[v] / left, sigma = sqrt(DRAWS * share * (1 - share));
+            EXPECT(share > 0 || !count[v], "case %zu: token %zu was drawn", i, v);
+            if (sigma > 0) most = fmax(most, fabs(count[v] - DRAWS * share) / sigma);
+        }
+        EXPECT(most < 4, "case %zu: a token is %.1f standard deviations off", i, most);
+        snprintf(remark, sizeof remark, "%.1f standard deviations", most);
+    }
+    real ties[4] = {1, 3, 3, 2};
+    for (uint64_t n = 0; n < 50; n++) {
+        Sampler greedy = {0, 0, 1, 7}, one = {1, 1, 1, 7}, tiny = {1, 0, 0, 7};
+        EXPECT(sample_token(&greedy, ties, 4, n) == 1, "temperature 0 did not take the first best");
+        EXPECT(sample_token(&one, ties, 4, n) == 1, "top_k 1 did not take the best");
+        EXPECT(sample_token(&tiny, ties, 4, n) == 1, "top_p 0 did not take the best");
+    }
+}
+
+static const char *const excerpt = "tinyshakespeare/excerpt.txt";
+
+static Config trainable_config(void)
+{
+    Config c = small_config();
+    c.V = 256, c.C = c.Tmax = 24, c.L = 2, c.D = 1, c.E = 4, c.G = c.KG = 1, c.init_std = 0.02;
+    c.alpha = 1e-4;
+    return c;
+}
+
+// A little training makes drafts come true.
+static void test_generate_trained(void)
+{
+    enum { B = 8, T = 24 };
+    Config c = trainable_config();
+    Model m = model_make(&c, 1);
+    model_init(&m, 1);
+    Data text = data_load(excerpt, &c);
+    Acts a = acts_make(&c, B, T, 1);
+    Optimizer o = optimizer_make(&m);
+    Recipe r = {1, 0.02, 0.02, 0.9, 0.95, 1e-8, 0.1, 1, 0.95, 0.001};
+    int tokens[B * (T + 1)];
+    double first = 0;
+    Losses s = {0, 0, 0, 0};
+    for (size_t step = 0; step < 60; step++) {
+        for (size_t b = 0; b < B; b++)
+            tokens_copy(tokens + b * (T + 1),
+                        text.bytes + window_start(1, step * B + b, text.n, T), T + 1);
+        acts_load(&a, tokens);
+        model_forward(&m, &a);
+        model_backward(&m, &a, 1);
+        optimizer_count_load(&o, &m, &a);
+        optimizer_step(&o, &m, &r, grad_norm(&m));
+        s = model_losses(&m, &a);
+        if (step == 0) first = s.main;
+    }
+    EXPECT(first > 5 && s.main < 3.5, "the loss went from %.3f to %.3f", first, s.main);
+    size_t greedy = check_generate(&m, 0, 103, "greedy");
+    size_t sampled = check_generate(&m, 1, 103, "sampled");
+    check_generate(&m, 0.7, 16, "sampled");
+    EXPECT(greedy > 0 && sampled > 0, "drafts accepted: %zu greedy, %zu sampled", greedy, sampled);
+    snprintf(remark, sizeof remark, "loss %.2f, drafts accepted: %zu greedy, %zu sampled", s.main,
+             greedy, sampled);
+    free(text.bytes);
+    optimizer_free(&o);
+    acts_free(&a);
+    model_free(&m);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Running the program
+
+static char directory[200]; // of all files that tests make
+
+static char *in_path(const char *path, const char *name)
+{
+    return (char *)keep(path_join(path, name));
+}
+
+static char *in_directory(const char *name) { return in_path(directory, name); }
+
+static char *file_text(const char *path, size_t *n)
+{
+    return (char *)keep(read_file(path, n, 1 << 24));
+}
+
+typedef struct {
+    int status; // exit status, or -1
+    char *out, *err;
+} Ran;
+
+#define ARGS(...) (const char *const[]){__VA_ARGS__, NULL}
+
+static Ran run_moe(const char *const *args)
+{
+    Ran r = {-1, NULL, NULL};
+    const char *program = getenv("MOE") ? getenv("MOE") : "./moe";
+    char *out = in_directory("stdout"), *err = in_directory("stderr"), *argv[40] = {(char *)"moe"};
+    for (size_t i = 0; args[i]; i++) argv[i + 1] = (char *)args[i];
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        alarm(300); // whatever happens
+        if (freopen("/dev/null", "r", stdin) && freopen(out, "w", stdout) &&
+            freopen(err, "w", stderr))
+            execv(program, argv);
+        _exit(99);
+    }
+    int status = 0;
+    size_t n;
+    if (child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status))
+        r.status = WEXITSTATUS(status);
+    r.out = (char *)keep(read_file(out, &n, 1 << 24));
+    r.err = (char *)keep(read_file(err, &n, 1 << 24));
+    return r;
+}
+
+static const char *joined(const char *const *args)
+{
+    static char text[500];
+    *text = 0;
+    for (size_t n = 0; *args; args++, n = strlen(text))
+        snprintf(text + n, sizeof text - n, " %s", *args);
+    return text;
+}
+
+// The program must end with this status and one line that begins "moe: " and says this.
+static void expect_error(int status, const char *says, const char *const *args)
+{
+    Ran r = run_moe(args);
+    char *end = strchr(r.err, '\n');
+    EXPECT(r.status == status, "moe%s: expected exit status %d, got %d (%s)", joined(args), status,
+           r.status, r.err);
+    EXPECT(!strncmp(r.err, "moe: ", 5) && end && !end[1], "moe%s: expected one line 'moe: ...', "
+           "got '%s'", joined(args), r.err);
+    EXPECT(strstr(r.err, says), "moe%s: expected '%s', got '%s'", joined(args), says, r.err);
+}
+
+static Ran expect_success(const char *const *args)
+{
+    Ran r = run_moe(args);
+    EXPECT(r.status == 0, "moe%s: exit status %d (%s)", joined(args), r.status, r.err);
+    return r;
+}
+
+static void write_file(const char *path, const void *data, size_t n)
+{
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(data, 1, n, f) != n || fclose(f)) die(FAILED, "%s: cannot write", path);
+}
+
+static void write_text(const char *path, const char *text) { write_file(path, text, strlen(text)); }
+
+static void remove_all(const char *path)
+{
+    DIR *d = opendir(path);
+    struct dirent *entry;
+    while (d && (entry = readdir(d)))
+        if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..")) {
+            char *inside = path_join(path, entry->d_name);
+            remove_all(inside);
+            free(inside);
+        }
+    if (d) closedir(d);
+    remove(path);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Files
+
+// text with the first `from` replaced by `to`.
+static char *replaced(const char *text, const char *from, const char *to)
+{
+    const char *at = strstr(text, from);
+    size_t n = strlen(text) + strlen(to) + 1;
+    char *result = (char *)room(n, 1);
+    if (!at) fail("no '%s' to replace in %.300s", from, text);
+    else snprintf(result, n, "%.*s%s%s", (int)(at - text), text, to, at + strlen(from));
+    return result;
+}
+
+static void test_json(void)
+{
+    const char *source = "\t{\"a\": -0.5e+2, \"b\" :[0, 1E3,-0.0 , 12345678901234567890, 3.25e-2],"
+        "\r\n\"s\":\"q\\\"\\\\\\/\\b\\f\\n\\r\\t\\u0041\\u00e9\\u20AC\\ud83d\\uDE00\","
+        "\"\\u0061b\":\"\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\", \"n\":null,\"t\":true,\"f\":false,\"o\":{},"
+        "\"e\":[ ],\"o2\":{\"x\":{\"y\":[[1,2],{\"z\":\"\"}]}}} \n";
+    char *text = (char *)room(strlen(source) + 1, 1);
+    memcpy(text, source, strlen(source));
+    Json *j = json_parse("test", text, strlen(source));
+    static const double numbers[] = {0, 1000, -0.0, 12345678901234567890.0, 0.0325};
+    EXPECT(j->length == 10, "expected 10 keys, got %zu", j->length);
+    EXPECT(json_get(j, "a")->number == -50, "a is %g", json_get(j, "a")->number);
+    const Json *b = json_get(j, "b"), *item = b->child;
+    EXPECT(b->type == JSON_ARRAY && b->length == 5, "b has %zu elements", b->length);
+    for (size_t i = 0; i < 5 && item; i++, item = item->next)
+        EXPECT(item->type == JSON_NUMBER && item->number == numbers[i], "number %zu is %.17g", i,
+               item->number);
+    const char *s = json_get(j, "s")->string;
+    const char *ab = json_get(j, "ab") ? json_get(j, "ab")->string : "";
+    EXPECT(!strcmp(s, "q\"\\/\b\f\n\r\tA\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80"), "escapes: '%s'", s);
+    EXPECT(!strcmp(ab, "\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80"), "UTF-8 became '%s'", ab);
+    EXPECT(json_get(j, "n")->type == JSON_NULL && json_get(j, "t")->type == JSON_TRUE &&
+           json_get(j, "f")->type == JSON_FALSE, "null, true, false");
+    EXPECT(json_get(j, "o")->type == JSON_OBJECT && !json_get(j, "o")->child &&
+           !json_get(j, "e")->child, "empty ones are not empty");
+    const Json *y = json_get(json_get(json_get(j, "o2"), "x"), "y");
+    EXPECT(y->child->child->next->number == 2 && !*json_get(y->child->next, "z")->string,
+           "nested values");
+    EXPECT(!json_get(j, "x"), "found a key that is deeper");
+    json_free(j);
+}
+
+// A model of every kind of tensor, saved in `name`.
+static char *saved_model(const char *name)
+{
+    Config c = small_config();
+    c.V = 256, c.Tmax = 16;
+    Model m = random_model(&c, 0, 61);
+    char *path = in_directory(name);
+    model_save(&m, path);
+    model_free(&m);
+    return path;
+}
+
+static void test_save_load(void)
+{
+    Config c = small_config();
+    c.yarn_factor = 40, c.yarn_original = 4096, c.yarn_fast = 32, c.yarn_slow = 1;
+    c.yarn_mscale = 1, c.yarn_mscale_all_dim = 0.707, c.theta = 12345.678, c.norm_topk = 0;
+    for (int variant = 0; variant < 2; variant++) {
+        if (variant) {
+            c.Rq = c.S = c.D = 0, c.yarn_factor = c.yarn_original = c.yarn_fast = c.yarn_slow = 0;
+            c.yarn_mscale = c.yarn_mscale_all_dim = 0;
+        }
+        Model m = random_model(&c, 0, 62);
+        char *path = in_directory("deep/er/saved");
+        model_save(&m, path); // the second time over the first
+        EXPECT(access(in_path(path, "model.safetensors.tmp"), F_OK), "a .tmp was left");
+        Model n = model_load(path, 0);
+#define SAME(symbol, key, ...) \
+        EXPECT(n.config.symbol == c.symbol, #key " came back as %g", (double)n.config.symbol);
+        CONFIG_SIZES(SAME)
+        CONFIG_REALS(SAME)
+        CONFIG_YARN(SAME)
+        EXPECT(!memcmp(m.weights, n.weights, m.layout.elements * sizeof(real)),
+               "weights came back others");
+        model_free(&m);
+        model_free(&n);
+    }
+}
+
+// The value of a floating-point code with so many bits of exponent and mantissa.
+static double decoded(uint32_t code, int exponent_bits, int mantissa_bits)
+{
+    int exponent = (int)(code >> mantissa_bits) & ((1 << exponent_bits) - 1);
+    int bias = (1 << (exponent_bits - 1)) - 1;
+    double mantissa = (double)(code & ((1u << mantissa_bits) - 1)) / (double)(1u << mantissa_bits);
+    double x = exponent ? ldexp(1 + mantissa, exponent - bias) : ldexp(mantissa, 1 - bias);
+    return code >> (exponent_bits + mantissa_bits) & 1 ? -x : x;
+}
+
+// A safetensors file in its parts.
+typedef struct {
+    char *header, *data;
+    size_t n; // bytes of data
+} Parts;
+
+static void write_parts(const char *path, const char *name, Parts p)
+{
+    size_t length = strlen(p.header);
+    char *whole = (char *)room(8 + length + p.n, 1);
+    for (int i = 0; i < 8; i++) whole[i] = (char)(length >> 8 * i);
+    memcpy(whole + 8, p.header, length);
+    memcpy(whole + 8 + length, p.data, p.n);
+    write_file(in_path(path, name), whole, 8 + length + p.n);
+}
+
+static Parts read_parts(const char *path, const char *name)
+{
+    size_t n, length = 0;
+    char *whole = file_text(in_path(path, name), &n);
+    for (int i = 0; i < 8; i++) length |= (size_t)(unsigned char)whole[i] << 8 * i;
+    Parts p = {(char *)room(length + 1, 1), whole + 8 + length, n - 8 - length};
+    memcpy(p.header, whole + 8, length);
+    return p;
+}
+
+// Writes random codes as the model's tensors, dealt out to so many shards, with an index if there
+// are several, and as released files have it a copy of the embedding. expected: what they mean.
+static void write_codes(const Model *m, const char *path, int dtype, size_t shards, real *expected)
+{
+    static const int exponent_bits[DTYPES] = {8, 8, 5}, mantissa_bits[DTYPES] = {23, 7, 10};
+    const int M = mantissa_bits[dtype], bits = exponent_bits[dtype] + M;
+    size_t n, bytes = dtype == F32 ? 4 : 2, mapped = 0;
+    Entry *e = (Entry *)keep(entries_make(&m->layout, m->weights, "", &n));
+    char *index = (char *)room(1 << 16, 1), file[64];
+    make_directory(path);
+    config_save(&m->config, path);
+#define APPEND(to, n, ...) n += (size_t)sprintf(to + n, __VA_ARGS__)
+    APPEND(index, mapped, "{\"metadata\":{\"total_size\":0},\"weight_map\":{");
+    for (size_t s = 0; s < shards; s++) {
+        Parts p = {(char *)room(1 << 16, 1), (char *)room(m->layout.elements + 16, bytes),
+                   2 * bytes};
+        size_t length = 0;
+        snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", s + 1, shards);
+        APPEND(p.header, length, "{\"model.layers.%zu.embed_tokens.weight\":{\"dtype\":\"%s\","
+               "\"shape\":[2],\"data_offsets\":[0,%zu]}", m->config.L + s, dtype_names[dtype], p.n);
+        for (size_t i = s; i < n; i += shards) {
+            size_t size = entry_size(&e[i]);
+            APPEND(index, mapped, "%s\"%s\":\"%s\"", i ? "," : "", e[i].name, file);
+            APPEND(p.header, length, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[%zu", e[i].name,
+                   dtype_names[dtype], e[i].shape[0]);
+            if (e[i].dims == 2) APPEND(p.header, length, ",%zu", e[i].shape[1]);
+            APPEND(p.header, length, "],\"data_offsets\":[%zu,%zu]}", p.n, p.n + size * bytes);
+            for (size_t j = 0; j < size; j++, p.n += bytes) {
+                uint32_t code = (uint32_t)random_u64((uint64_t)dtype, i, j) >> (31 - bits);
+                code &= ~(1u << (bits - 1));                     // not infinite
+                if (j == 0) code = 1;                            // the least
+                if (j == 1) code = (1u << bits) - 1 - (1u << M); // the most
+                for (size_t k = 0; k < bytes; k++) p.data[p.n + k] = (char)(code >> 8 * k);
+                expected[(size_t)(e[i].data - m->weights) + j] =
+                    (real)decoded(code, exponent_bits[dtype], M);
+            }
+        }
+        APPEND(p.header, length, "}");
+        write_parts(path, shards > 1 ? file : "model.safetensors", p);
+    }
+    APPEND(index, mapped, "}}");
+    if (shards > 1) write_text(in_path(path, "model.safetensors.index.json"), index);
+}
+
+static void test_load_dtypes_shards(void)
+{
+    Config c = small_config();
+    Model m = model_make(&c, 0);
+    for (int dtype = 0; dtype < DTYPES; dtype++)
+        for (size_t shards = 1; shards <= 3; shards++) {
+            char *path = in_directory(label("codes-%d-%zu", dtype, shards));
+            real *expected = reals(m.layout.elements);
+            write_codes(&m, path, dtype, shards, expected);
+            Model n = model_load(path, 0);
+            size_t i = 0;
+            while (i < m.layout.elements && n.weights[i] == expected[i]) i++;
+            EXPECT(i == m.layout.elements, "%s, %zu shards: number %zu: expected %.9g, got %.9g",
+                   dtype_names[dtype], shards, i, expected[i], n.weights[i]);
+            model_free(&n);
+        }
+    static const struct {
+        uint16_t half;
+        float value;
+    } known[] = {{0x3C00, 1}, {0xC000, -2}, {0x7BFF, 65504}, {0x0001, 0x1p-24f}, {0x8000, 0},
+                 {0x03FF, 0x3FFp-24f}, {0x0400, 0x1p-14f}, {0x3555, 0.333251953125f}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        EXPECT(half_to_float(known[i].half) == known[i].value, "half %04x is %.9g", known[i].half,
+               half_to_float(known[i].half));
+    EXPECT(isinf(half_to_float(0xFC00)) && isnan(half_to_float(0x7E00)), "half's infinity and NaN");
+    model_free(&m);
+}
+
+// Loading trusts nothing. Each file is the good one with one thing wrong.
+static void test_damaged_weights(void)
+{
+    char *good = saved_model("good"), *bad = saved_model("bad"), end[80], more[100];
+    char *path = in_path(bad, "model.safetensors");
+    char *index = in_path(bad, "model.safetensors.index.json");
+    const char *const *eval = ARGS("eval", "--model", bad, "--data", excerpt);
+    Parts whole = read_parts(good, "model.safetensors");
+    snprintf(end, sizeof end, ",%zu]}}", whole.n);
+    snprintf(more, sizeof more, ",%zu]},\"more\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":"
+             "[%zu,%zu]}}", whole.n, whole.n, whole.n + 4);
+#define NORM_IS(dtype_shape) "\"model.norm.weight\":{" dtype_shape "\"data_offsets\":"
+    static const char norm[] = NORM_IS("\"dtype\":\"F32\",\"shape\":[13],");
+    const struct {
+        const char *from, *to; // in the header
+        size_t more;           // bytes of data after it
+        const char *says;
+    } cases[] = {
+        {"{\"__metadata__\"", "  {\"__metadata__\"", 0, NULL}, // nothing wrong
+        {"model.norm.weight", "model.morn.weight", 0, "model.norm.weight: is missing"},
+        {"model.norm.weight", "model.embed_tokens.weight", 0, "appears twice"},
+        {end, more, 4, "more: config.json has no place for it"},
+        {"", "", 4, "leaves a gap"},
+        {"{", "[", 0, "not valid JSON"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[12],"), 0, "its shape needs 48"},
+        {norm, NORM_IS("\"dtype\":\"F64\",\"shape\":[13],"), 0, "dtype F64"},
+        {norm, NORM_IS("\"dtype\":7,\"shape\":[13],"), 0, "needs a dtype"},
+        {norm, NORM_IS("\"shape\":[13],"), 0, "needs a dtype"},
+        {norm, "\"model.norm.weight\":[],\"x\":{\"data_offsets\":", 0, "needs a dtype"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[],"), 0, "0 dimensions"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[1,1,13],"), 0, "3 dimensions"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[13,1],"), 0, "model.norm.weight"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[-13],"), 0, "whole numbers"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[13.5],"), 0, "whole numbers"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[9e15,9e15],"), 0, "overflow"},
+        {"\"shape\":[256,13]", "\"shape\":[13,256]", 0, "model.embed_tokens.weight"},
+        {"[0,13312]", "[4,13316]", 0, "overlaps or leaves a gap"},
+        {"[0,13312]", "[13312,0]", 0, "its offsets are [13312, 0]"},
+        {"[0,13312]", "[0,13312,0]", 0, "two data_offsets"},
+        {"[0,13312]", "[9000000000000,9000000013312]", 0, "the file has"},
+        {"[0,13312]", "[1e300,1e300]", 0, "whole numbers"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Parts p = {replaced(whole.header, cases[i].from, cases[i].to),
+                   (char *)room(whole.n + 4, 1), whole.n + cases[i].more};
+        memcpy(p.data, whole.data, whole.n);
+        write_parts(bad, "model.safetensors", p);
+        if (cases[i].says) expect_error(2, cases[i].says, eval);
+        else expect_success(eval);
+    }
+    for (int value = 0; value < 2; value++) { // NaN, -infinity
+        Parts p = read_parts(good, "model.safetensors");
+        memcpy(p.data + 8, value ? "\0\0\x80\xFF" : "\1\0\xC0\x7F", 4);
+        write_parts(bad, "model.safetensors", p);
+        expect_error(2, "model.embed_tokens.weight: element 2 is not a finite number", eval);
+    }
+    size_t n;
+    char *bytes = file_text(in_path(good, "model.safetensors"), &n);
+    const size_t cut[] = {0, 7, 8, 100, n / 2, n - 1};
+    for (size_t i = 0; i < sizeof cut / sizeof *cut; i++) {
+        write_file(path, bytes, cut[i]);
+        expect_error(2, bad, eval);
+    }
+    bytes[7] = 0x7F; // a header of 2^62 bytes
+    write_file(path, bytes, n);
+    expect_error(2, "a header of", eval);
+    remove(path);
+    expect_error(2, "model.safetensors: cannot open", eval);
+    make_directory(path);
+    expect_error(2, "not a regular file", eval);
+    remove(path);
+
+    static const char *const maps[][2] = { // weight_map, message
+        {"{\"model.norm.weight\":\"model.safetensors\"}", NULL},
+        {"{\"model.norm.weight\":\"gone.safetensors\"}", "gone.safetensors: cannot open"},
+        {"{\"model.norm.weight\":\"../good/model.safetensors\"}", "in the same directory"},
+        {"{\"nothing\":\"model.safetensors\"}", "is not in model.safetensors"},
+        {"{\"model.norm.weight\":1}", "must name a file"},
+        {"{}", "has no weight_map"}, {"0", "has no weight_map"}, {"", "not valid JSON"},
+    };
+    write_parts(bad, "model.safetensors", whole);
+    for (size_t i = 0; i < sizeof maps / sizeof *maps; i++) {
+        write_text(index, replaced("{\"weight_map\":X}", "X", maps[i][0]));
+        if (maps[i][1]) expect_error(2, maps[i][1], eval);
+        else expect_success(eval);
+    }
+}
+
+static void test_damaged_config(void)
+{
+    size_t n;
+    char *bad = saved_model("config"), *path = in_path(bad, "config.json");
+    char *good = file_text(path, &n), *deep = (char *)room(200, 1);
+    const char *const *eval = ARGS("eval", "--model", bad, "--data", excerpt);
+    static const char *const cases[][3] = { // from, to, message
+        {"num_experts_per_tok\": 2", "num_experts_per_tok\": 9", "only 6 experts"},
+        {"num_experts_per_tok\": 2", "num_experts_per_tok\": 5", "leaves 4 experts"},
+        {"n_group\": 3", "n_group\": 4", "4 equal groups"},
+        {"n_group\": 3", "n_group\": 6", "a group's score needs 2"},
+        {"topk_group\": 2", "topk_group\": 4", "topk_group is 4"},
+        {"topk_group\": 2", "topk_group\": 0", "topk_group is 0"},
+        {"qk_rope_head_dim\": 2", "qk_rope_head_dim\": 3", "must be even"},
+        {"hidden_size\": 13", "hidden_size\": 0", "hidden_size is 0"},
+        {"hidden_size\": 13", "hidden_size\": -1", "hidden_size is -1"},
+        {"hidden_size\": 13", "hidden_size\": 1.5", "hidden_size is 1.5"},
+        {"hidden_size\": 13", "hidden_size\": 1e12", "must be a whole number from 0 to"},
+        {"hidden_size\": 13", "hidden_size\": \"13\"", "hidden_size must be a number"},
+        {"hidden_size\": 13", "hidden_size\": 13, \"hidden_size\": 13", "appears twice"},
+        {"hidden_size\": 13", "hidden_size\": 14", "model.embed_tokens.weight"},
+        {"hidden_size\": 13", "hid_size\": 13", "hidden_size is missing"},
+        {"num_hidden_layers\": 3", "num_hidden_layers\": 4", "is missing"},
+        {"num_hidden_layers\": 3", "num_hidden_layers\": 2", "model.layers.2"},
+        {"vocab_size\": 256", "vocab_size\": 255", "model.embed_tokens.weight"},
+        {"sigmoid", "softmax", "scoring_func is softmax"},
+        {"\"deepseek_v3", "\"llama", "model_type is llama"},
+        {"rope_scaling\": null", "rope_scaling\": {\"type\": \"linear\"}", "type is linear"},
+        {"rope_scaling\": null", "rope_scaling\": {\"factor\": 0.5}", "factor >= 1"},
+        {"rope_scaling\": null", "rope_scaling\": 4", "rope_scaling must be an object"},
+        {"rms_norm_eps\": ", "rms_norm_eps\": 0, \"x\":", "rms_norm_eps must be above 0"},
+        {"key_value_heads\": 2", "key_value_heads\": 1", "num_key_value_heads must equal"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        write_text(path, replaced(good, cases[i][0], cases[i][1]));
+        expect_error(2, cases[i][2], eval);
+    }
+    memset(deep, '[', 100);
+    memset(deep + 100, ']', 99);
+    const char *const texts[][2] = { // the value of a key, message
+        {"01", "expected ','"}, {"1.", "after the point"}, {".5", "expected a value"},
+        {"+1", "expected a value"}, {"-", "expected a value"}, {"1e", "the exponent"},
+        {"1e999", "out of range"}, {"NaN", "expected a value"}, {"nul", "expected a value"},
+        {"1,", "expected a string"}, {"[1 2]", "expected ','"}, {"[1,]", "expected a value"},
+        {"1} x", "something follows"}, {"\"x", "control character"}, {"[", "expected a value"},
+        {"\"\x01\"", "control character"}, {"\"\\x\"", "unknown escape"},
+        {"\"\\u12g4\"", "four hexadecimal"}, {"\"\\ud83d\"", "half a surrogate"},
+        {"\"\\ud83d\\u0041\"", "half a surrogate"}, {"\"\\ude00\"", "lone surrogates"},
+        {"\"\\u0000\"", "\\u0000"}, {"\"\xFF\"", "not UTF-8"}, {"\"\xC0\x80\"", "not UTF-8"},
+        {"\"\xED\xA0\x80\"", "not UTF-8"}, {"\"\xF4\x90\x80\x80\"", "not UTF-8"},
+        {"\"\xE2\x82\"", "not UTF-8"}, {"\"\x80\"", "not UTF-8"}, {"1,'b':2", "expected a string"},
+        {"1,\"b\" 2", "expected ':'"}, {"1,\"\\u0061\":2", "\"a\" appears twice"},
+        {deep, "nested too deeply"},
+    };
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        write_text(path, replaced("{\"a\":X\n}", "X", texts[i][0]));
+        expect_error(2, texts[i][1], eval);
+    }
+    write_text(path, "");
+    expect_error(2, "at byte 0", eval);
+    write_text(path, "[1]");
+    expect_error(2, "expected a JSON object", eval);
+    write_file(path, "{\"a\":\0001}", 8);
+    expect_error(2, "at byte 5", eval);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Training
+
+static void test_window_start(void)
+{
+    static const size_t size[][2] = { // n, T
+        {100, 7}, {71, 7}, {72, 7}, {8, 7}, {1000, 1}, {517, 33},
+    };
+    for (size_t i = 0; i < 6; i++) {
+        size_t n = size[i][0], T = size[i][1], windows = (n - 1) / T, same = 0;
+        size_t *order = (size_t *)room(windows, sizeof(size_t));
+        for (size_t pass = 0; pass < 20; pass++) {
+            char *seen = (char *)room(n, 1);
+            size_t offset = window_start(5, pass * windows, n, T) % T, repeated = 0;
+            for (size_t k = 0; k < windows; k++) {
+                size_t start = window_start(5, pass * windows + k, n, T);
+                REQUIRE(start + T + 1 <= n, "n %zu, T %zu: a window starts at %zu", n, T, start);
+                EXPECT(!seen[start]++ && start % T == offset, "n %zu, T %zu: window %zu again", n,
+                       T, start);
+                repeated += pass > 0 && order[k] == start;
+                order[k] = start;
+            }
+            same += repeated == windows;
+        }
+        EXPECT(windows < 8 || same == 0, "n %zu, T %zu: %zu passes are repeated", n, T, same);
+    }
+    EXPECT(window_start(5, 3, 1000, 7) != window_start(6, 3, 1000, 7), "the seed does not matter");
+}
+
+static void test_schedule(void)
+{
+    Options o;
+    memset(&o, 0, sizeof o);
+    o.steps = 1000, o.warmup = 20, o.hold = 0.68, o.min_lr = 0.1;
+    for (size_t i = 0; i < 20; i++) near(schedule(&o, i), (double)(i + 1) / 20, 1e-12, "warm-up");
+    for (size_t i = 20; i <= 700; i += 10) near(schedule(&o, i), 1, 0, "hold");
+    near(schedule(&o, 850), 0.55, 1e-12, "the middle of the cosine");
+    near(schedule(&o, 775), 0.1 + 0.9 * (2 + sqrt(2)) / 4, 1e-12, "a quarter of it");
+    near(schedule(&o, 1000), 0.1, 1e-12, "its end");
+    for (size_t i = 701; i < 1000; i++)
+        EXPECT(schedule(&o, i + 1) < schedule(&o, i), "does not fall at %zu", i);
+    o.hold = 1;
+    near(schedule(&o, 999), 1, 0, "held to the end");
+    o.warmup = 0, o.hold = 0;
+    near(schedule(&o, 0), 1, 0, "no warm-up");
+}
+
+// Every token but the first counts once, and sees nothing from before its window.
+static void test_text_loss(void)
+{
+    static const size_t size[][2] = {{2, 5}, {6, 5}, {38, 5}, {300 * 17 + 124, 300}}; // n, T
+    Config c = small_config();
+    c.V = 256, c.L = 2, c.Tmax = 300;
+    Model m = random_model(&c, 0, 71);
+    Data text = data_load(excerpt, &c);
+    for (size_t i = 0; i < 4; i++) {
+        size_t n = size[i][0], T = size[i][1], counted = 0;
+        double sum = 0;
+        for (size_t at = 0; at < n - 1; at += T) {
+            size_t t = min_size(T, n - 1 - at);
+            int *tokens = (int *)room(t + 1, sizeof(int));
+            tokens_copy(tokens, text.bytes + at, t + 1);
+            Acts a = acts_make(&c, 1, t, 0);
+            acts_load(&a, tokens);
+            model_forward(&m, &a);
+            for (size_t j = 0; j < t; j++, counted++) {
+                const real *z = a.layer[c.L - 1].logits + j * 256;
+                double total = 0;
+                for (size_t v = 0; v < 256; v++) total += exp((double)z[v]);
+                sum += log(total) - (double)z[tokens[j + 1]];
+            }
+            acts_free(&a);
+        }
+        EXPECT(counted == n - 1, "the test counted %zu of %zu", counted, n - 1);
+        near(text_loss(&m, text.bytes, n, T), sum / (double)(n - 1), 2e-6, label("n %zu", n));
+    }
+    free(text.bytes);
+    model_free(&m);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Command line
+
+#define REFUSED(says, ...) expect_error(2, says, ARGS(__VA_ARGS__))
+
+static void test_command_line_errors(void)
+{
+    size_t n;
+    char *model = saved_model("cli"), *config = in_path(model, "config.json");
+    char *none = in_directory("none"), *few = in_directory("few"), *under = in_directory("few/out");
+    char *ascii = in_directory("ascii.json"), *one = in_directory("one");
+    write_text(few, "ab\xC3\xA9");
+    write_text(one, "a");
+    write_text(ascii, replaced(file_text(config, &n), "vocab_size\": 256", "vocab_size\": 128"));
+    REFUSED("frobnicate", "frobnicate");
+    REFUSED("--frobnicate", "train", "--frobnicate", "1");
+    REFUSED("prompt", "train", "prompt");
+    REFUSED("--speculate", "train", "--speculate"); // sample's
+    REFUSED("--steps", "train", "--steps");
+    static const char *const bad[] = {"x", "", "-1", "nan", "3x", "1e999", "1.5", "9999999999999999"};
+    for (size_t i = 0; i < 8; i++) REFUSED("--steps", "train", "--steps", bad[i]);
+    for (size_t i = 0; i < 6; i++) REFUSED("--lr", "train", "--lr", bad[i]);
+    REFUSED("--data", "train", "--config", config);
+    REFUSED("--data", "check", "--config", config);
+    REFUSED("--data", "eval", "--model", model);
+    REFUSED("--model", "eval", "--data", excerpt);
+    REFUSED("--model", "sample");
+    REFUSED(none, "eval", "--model", none, "--data", excerpt);
+    REFUSED(none, "eval", "--model", model, "--data", none);
+    REFUSED(none, "train", "--config", none, "--data", excerpt);
+    REFUSED(directory, "eval", "--model", model, "--data", directory);
+    REFUSED(few, "train", "--config", config, "--data", few);
+    REFUSED(few, "check", "--config", config, "--data", few);
+    REFUSED(one, "eval", "--model", model, "--data", one);
+    REFUSED("--seq is 17", "eval", "--model", model, "--data", excerpt, "--seq", "17");
+    REFUSED("--batch", "check", "--config", config, "--data", excerpt, "--batch", "0");
+    REFUSED("--steps", "train", "--config", config, "--data", excerpt, "--steps", "0");
+    REFUSED("sgd", "train", "--config", config, "--data", excerpt, "--optimizer", "sgd");
+    REFUSED(under, "train", "--config", config, "--data", excerpt, "--out", under);
+    REFUSED(few, "train", "--config", config, "--data", excerpt, "--out", few);
+    REFUSED(under, "check", "--config", config, "--data", excerpt, "--dump", under);
+    REFUSED("byte 2 is 195", "check", "--config", ascii, "--data", few);
+    REFUSED("--prompt", "sample", "--model", model, "--prompt", "");
+    EXPECT(access(none, F_OK), "something was made where nothing should be");
+    Ran r = run_moe(ARGS(NULL));
+    EXPECT(r.status == 2 && strstr(r.out, "usage"), "without a command: status %d, '%s'", r.status,
+           r.out);
+}
+
+static void test_help(void)
+{
+    Ran r = expect_success(ARGS("--help"));
+    for (size_t i = 0; i < COMMANDS; i++) {
+        EXPECT(strstr(r.out, commands[i].name), "--help does not list %s", commands[i].name);
+        Ran help = expect_success(ARGS(commands[i].name, "--help"));
+#define LISTED(takers, type, field, option, ...) \
+        EXPECT(!((takers) & commands[i].bit) || strstr(help.out, "--" option " "), \
+               "%s --help leaves out --" option, commands[i].name);
+        OPTIONS(LISTED)
+    }
+}
+
+// A run from end to end: train, look at what it left, eval, sample.
+static void test_train_and_use(void)
+{
+    Config c = trainable_config();
+    char *config = in_directory("config.json"), *out[2], *weights[2];
+    size_t n[2], rows = 0, validated = 0, tokens = 0;
+    config_save(&c, directory);
+    for (int i = 0; i < 2; i++) {
+        out[i] = in_directory(i ? "trained/again" : "trained");
+        Ran r = expect_success(ARGS("train", "--config", config, "--data", excerpt, "--out", out[i],
+                                    "--steps", "30", "--batch", "4", "--lr", "0.02", "--warmup",
+                                    "3", "--val-every", "10", "--val-share", "0.02"));
+        REQUIRE(r.status == 0, "no model to go on with");
+        EXPECT(strstr(r.out, "validation loss"), "no validation loss in '%s'", r.out);
+        weights[i] = file_text(in_path(out[i], "model.safetensors"), &n[i]);
+    }
+    EXPECT(n[0] == n[1] && !memcmp(weights[0], weights[1], n[0]), "the same run, another model");
+
+    double first = 0, last = 0, loss = 0; // of the rows step,loss,val_loss and six more
+    char *row = strchr(file_text(in_path(out[0], "log.csv"), n), '\n') + 1, *end;
+    for (; (end = strchr(row, '\n')); row = end + 1) {
+        size_t step = 0, commas = 0;
+        *end = 0;
+        EXPECT(sscanf(row, "%zu,%lf,", &step, &last) == 2 && step == ++rows, "log.csv: '%s'", row);
+        for (char *s = row; *s; s++) commas += *s == ',';
+        EXPECT(commas == 8, "log.csv: '%s'", row);
+        validated += !strstr(row, ",,");
+        if (rows == 1) first = last;
+    }
+    EXPECT(rows == 30 && validated == 3, "%zu rows, %zu with a validation", rows, validated);
+    EXPECT(first > 5.4 && first < 5.7 && last < 4, "the loss went from %.3f to %.3f", first, last);
+
+    Ran eval = expect_success(ARGS("eval", "--model", out[0], "--data", excerpt));
+    file_text(excerpt, n);
+    EXPECT(sscanf(eval.out, "loss %lf tokens %zu\n", &loss, &tokens) == 2 && loss > 2 && loss < 4 &&
+           tokens == n[0] - 1, "eval prints '%s'", eval.out);
+
+    const char *prompt = "Was \"ever\" wom\xC3\xA9n?\n";
+    Ran r[3];
+    for (int i = 0; i < 3; i++) // plain; with drafts; with another seed
+        r[i] = expect_success(ARGS("sample", "--model", out[0], "--prompt", prompt, "--tokens",
+                                   "60", "--seed", i == 2 ? "2" : "1",
+                                   i == 1 ? "--speculate" : NULL));
+    EXPECT(!strncmp(r[0].out, prompt, strlen(prompt)), "sample begins '%.30s'", r[0].out);
+    EXPECT(strlen(r[0].out) <= strlen(prompt) + 61, "sample wrote %zu bytes", strlen(r[0].out));
+    EXPECT(!strcmp(r[0].out, r[1].out), "drafts made '%s' out of '%s'", r[1].out, r[0].out);
+    EXPECT(strstr(r[1].err, "drafts accepted"), "--speculate says '%s'", r[1].err);
+    EXPECT(strcmp(r[0].out, r[2].out), "another seed wrote the same");
+}
+
+// A dumped tensor must have this name, shape and data.
+static void expect_dumped(const Json *header, Parts p, const Entry *e)
+{
+    const Json *j = json_get(header, e->name);
+    REQUIRE(j, "%s is not in the dump", e->name);
+    const Json *shape = json_get(j, "shape"), *at = json_get(j, "data_offsets")->child;
+    size_t size = entry_size(e), begin = (size_t)at->number, d = 0;
+    for (const Json *s = shape->child; s; s = s->next, d++)
+        EXPECT(d < e->dims && s->number == (double)e->shape[d], "%s: its dimension %zu is %g",
+               e->name, d, s->number);
+    EXPECT(d == e->dims && !strcmp(json_get(j, "dtype")->string, "F32"), "%s: %zu dimensions of %s",
+           e->name, d, json_get(j, "dtype")->string);
+    REQUIRE(at->next->number == (double)(begin + 4 * size) && begin + 4 * size <= p.n,
+            "%s: lies at [%g, %g]", e->name, at->number, at->next->number);
+    real *stored = reals(size);
+    memcpy(stored, p.data + begin, 4 * size);
+    within(relative_error(stored, e->data, size), 1e-4, e->name);
+}
+
+// moe check prints and dumps what the functions give here.
+static void test_check_dump(void)
+{
+    enum { B = 2, T = 7 };
+    char *path = saved_model("dumped");
+    Ran r = expect_success(ARGS("check", "--model", path, "--data", excerpt, "--batch", "2",
+                                "--seq", "7", "--steps", "2", "--dump",
+                                in_directory("dump.safetensors")));
+    REQUIRE(r.status == 0, "no dump to go on with");
+    Model m = model_load(path, 1);
+    Data text = data_load(excerpt, &m.config);
+    Acts a = acts_make(&m.config, B, T, 1);
+    int tokens[B * (T + 1)];
+    tokens_copy(tokens, text.bytes, B * (T + 1));
+    acts_load(&a, tokens);
+    model_forward(&m, &a);
+    model_backward(&m, &a, 1);
+    Losses s = model_losses(&m, &a);
+    double got[5] = {0}, expected[5] = {s.total, s.main, s.mtp, s.balance, grad_norm(&m)};
+    EXPECT(sscanf(r.out, "loss %lf main %lf mtp %lf balance %lf grad_norm %lf\n", &got[0], &got[1],
+                  &got[2], &got[3], &got[4]) == 5 && strstr(r.out, "\nstep 1 loss ") &&
+           strstr(r.out, "\nstep 2 loss "), "check prints '%s'", r.out);
+    for (size_t i = 0; i < 5; i++) near(got[i], expected[i], 1e-5, label("printed number %zu", i));
+
+    Parts p = read_parts(directory, "dump.safetensors");
+    Json *header = json_parse("dump.safetensors", p.header, strlen(p.header));
+    accum loss[4] = {(accum)s.total, (accum)s.main, (accum)s.mtp, (accum)s.balance};
+    Entry others[] = {{"logits", {B, T, 256}, 3, a.layer[m.config.L - 1].logits},
+                      {"loss", {1}, 1, loss}, {"loss.main", {1}, 1, loss + 1},
+                      {"loss.mtp", {1}, 1, loss + 2}, {"loss.balance", {1}, 1, loss + 3}};
+    size_t n, count = 6; // with __metadata__
+    Entry *grads = (Entry *)keep(entries_make(&m.layout, m.grads, "grad.", &n));
+    for (size_t i = 0; i < 5; i++) expect_dumped(header, p, &others[i]);
+    for (size_t i = 0; i < n; i++) {
+        if (strstr(grads[i].name, "e_score_correction_bias")) continue; // not trained by gradient
+        expect_dumped(header, p, &grads[i]);
+        count++;
+    }
+    EXPECT(header->length == count, "expected %zu tensors, got %zu", count, header->length);
+    json_free(header);
+    free(text.bytes);
+    acts_free(&a);
+    model_free(&m);
+}
+#endif // not MOE_DOUBLE
+
+// ------------------------------------------------------------------------------------------------
+// The list
+
+typedef struct {
+    const char *name;
+    void (*run)(void);
+} Test;
+
+#define TEST(name) {#name, test_##name},
+#ifdef MOE_DOUBLE
+#define BOTH(name) {#name "_double", test_##name}, // a test of both builds
+#else
+#define BOTH(name) {#name, test_##name},
+#endif
+static const Test tests[] = {
+#ifdef MOE_DOUBLE
+    TEST(matmul_gradient) TEST(rmsnorm_gradient) TEST(swiglu_gradient)
+    TEST(embedding_crop_gradient) TEST(rope_gradient) TEST(attention_gradient)
+    TEST(router_gradient) TEST(balance_gradient) TEST(dispatch_combine_gradient)
+    TEST(cross_entropy_gradient) TEST(model_gradient) TEST(model_gradient_routing)
+    TEST(model_gradient_t1) TEST(model_gradient_accumulates) TEST(broken_backward_is_seen)
+    TEST(golden_weights)
+#else
+    TEST(gemm) TEST(gemm_bits) TEST(fast_exp) TEST(threads_same_bits)
+#endif
+    BOTH(pytorch_mla) BOTH(pytorch_moe) BOTH(pytorch_v3) BOTH(pytorch_yarn)
+#ifdef MOE_DOUBLE
+    TEST(newton_schulz) TEST(adamw) TEST(muon)
+#endif
+    BOTH(latent_attention) BOTH(decode) BOTH(window) BOTH(generate)
+#ifndef MOE_DOUBLE
+    TEST(generate_trained) TEST(sample_token) TEST(json) TEST(save_load) TEST(load_dtypes_shards)
+    TEST(damaged_weights) TEST(damaged_config) TEST(window_start) TEST(schedule) TEST(text_loss)
+    TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump)
+#endif
+};
+
+// Runs the tests of this build that `names` has, or all if it is empty, and counts them. With
+// list only prints their names. Counts in found how many names are tests of this build.
+static void run_tests(char **names, int list, int *passed, int *failed, int *found)
+{
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        int wanted = !*names;
+        for (char **name = names; *name; name++)
+            if (!strcmp(*name, tests[i].name)) wanted = 1, ++*found;
+        if (list) printf("%s\n", tests[i].name);
+        if (list || !wanted) continue;
+        test_name = tests[i].name;
+        failures = 0, worst = 0, *remark = 0;
+        hold_routing = 0;
+        use_threads(1); // small sizes; test_threads_same_bits has more
+        double start = now();
+        tests[i].run();
+        hold_routing = 0;
+        if (!failures) {
+            printf("ok   %-28s %5.2f s", test_name, now() - start);
+            if (worst > 0) printf("  worst %.1e", worst);
+            printf("%s%s\n", *remark ? "  " : "", remark);
+        } else if (failures > 5) {
+            printf("FAIL %s: %d more\n", test_name, failures - 5);
+        }
+        fflush(stdout);
+        ++*(failures ? failed : passed);
+        while (keeps) free(kept[--keeps]);
+    }
+}
+
+void run_double_tests(char **names, int list, int *passed, int *failed, int *found);
+
+#ifdef MOE_DOUBLE
+void run_double_tests(char **names, int list, int *passed, int *failed, int *found)
+{
+    run_tests(names, list, passed, failed, found);
+}
+#else
+int main(int argc, char **argv)
+{
+    int passed = 0, failed = 0, found = 0, list = argc > 1 && !strcmp(argv[1], "--list");
+    char **names = argv + (argc > 0) + list;
+    const char *where = getenv("TMPDIR") && *getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
+    snprintf(directory, sizeof directory, "%s/test_moe.XXXXXX", where);
+    if (!list && !mkdtemp(directory)) die(FAILED, "%s: %s", directory, strerror(errno));
+    run_double_tests(names, list, &passed, &failed, &found);
+    run_tests(names, list, &passed, &failed, &found);
+    if (list) return 0;
+    remove_all(directory);
+    if (found < argc - 1) die(BAD_INPUT, "only %d of these are tests; --list prints all", found);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
+#endif
