@@ -36,6 +36,7 @@ A pointer's comment gives its shape, rows first. An operation's outputs come bef
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -389,18 +390,31 @@ static Layout layout_make(const Config *c)
     return p;
 }
 
+static size_t parameters(const Layout *layout)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < layout->tensors; i++) n += tensor_size(&layout->tensor[i]);
+    return n;
+}
+
 enum { NAME_MAX_LENGTH = 128 };
 
-// The checkpoint's name of a tensor; expert is used where there is one tensor an expert.
-static void tensor_name(char name[NAME_MAX_LENGTH], const Tensor *t, size_t expert)
+// Vectors have one dimension in files, matrices two.
+static size_t tensor_dims(const Tensor *t)
 {
-    int n = t->layer < 0 ? 0 : snprintf(name, NAME_MAX_LENGTH, "model.layers.%d.", t->layer);
-    const char *per_expert = strstr(t->name, "%d");
-    if (per_expert)
-        snprintf(name + n, (size_t)(NAME_MAX_LENGTH - n), "%.*s%d%s", (int)(per_expert - t->name),
-                 t->name, (int)expert, per_expert + 2);
-    else
-        snprintf(name + n, (size_t)(NAME_MAX_LENGTH - n), "%s", t->name);
+    return t->kind == NORM || t->kind == ROUTER_BIAS ? 1 : 2;
+}
+
+// prefix and the checkpoint's name of a tensor, or of the one that belongs to this expert.
+static void tensor_name(char name[NAME_MAX_LENGTH], const char *prefix, const Tensor *t,
+                        size_t expert)
+{
+    const char *per_expert = strstr(t->name, "%d"), *rest = per_expert ? per_expert + 2 : t->name;
+    int n = snprintf(name, NAME_MAX_LENGTH, "%s", prefix);
+#define NAME_PART(...) n += snprintf(name + n, (size_t)(NAME_MAX_LENGTH - n), __VA_ARGS__)
+    if (t->layer >= 0) NAME_PART("model.layers.%d.", t->layer);
+    if (per_expert) NAME_PART("%.*s%zu", (int)(per_expert - t->name), t->name, expert);
+    NAME_PART("%s", rest);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1570,7 +1584,8 @@ static void acts_bind(Acts *a, const Config *c)
     }
 }
 
-static Acts acts_make(const Config *c, size_t B, size_t T, int training)
+// The plan of a forward pass, with arena.used telling its memory; acts_make allocates it.
+static Acts acts_plan(const Config *c, size_t B, size_t T, int training)
 {
     Acts a;
     memset(&a, 0, sizeof a);
@@ -1580,10 +1595,16 @@ static Acts acts_make(const Config *c, size_t B, size_t T, int training)
     a.T = T;
     a.layer = (LayerActs *)host_alloc(c->L + a.depths, sizeof(LayerActs));
     a.batch = (Batch *)host_alloc(a.depths + 1, sizeof(Batch));
-    a.rope = rope_table(c, T);
-    acts_bind(&a, c); // measures
+    acts_bind(&a, c);
+    return a;
+}
+
+static Acts acts_make(const Config *c, size_t B, size_t T, int training)
+{
+    Acts a = acts_plan(c, B, T, training);
     a.arena.base = (char *)device_alloc(a.arena.used);
     acts_bind(&a, c);
+    a.rope = rope_table(c, T);
     return a;
 }
 
@@ -1979,10 +2000,11 @@ static void router_bias_step(accum *bias, // [E]
                              int *load,   // [E] tokens each expert got in this step
                              size_t E, double speed)
 {
-    double mean = 0;
-    for (size_t e = 0; e < E; e++) mean += load[e] / (double)E;
+    long total = 0; // E load_i is compared with the total: in integers nothing is rounded
+    for (size_t e = 0; e < E; e++) total += load[e];
     for (size_t e = 0; e < E; e++) {
-        bias[e] += (accum)(load[e] < mean ? speed : load[e] > mean ? -speed : 0);
+        long times_E = load[e] * (long)E;
+        bias[e] += (accum)(times_E < total ? speed : times_E > total ? -speed : 0);
         load[e] = 0;
     }
 }
@@ -2118,6 +2140,13 @@ static void optimizer_count_load(Optimizer *o, const Model *m, const Acts *a)
             count_load(o->load + l * m->config.E, a->layer[l].offsets, m->config.E);
 }
 
+// Forgets the gradients and loads of a step that is not to be taken.
+static void optimizer_skip(Optimizer *o, Model *m)
+{
+    device_zero(m->grads, m->layout.elements * sizeof(accum));
+    device_zero(o->load, layers(&m->config) * m->config.E * sizeof(int));
+}
+
 static double grad_norm(const Model *m) { return sqrt(sum_squares(m->grads, m->layout.elements)); }
 
 // One step with the gradients that stand in the model, clipped to a global norm; then the routers'
@@ -2151,7 +2180,7 @@ static void optimizer_step(Optimizer *o, Model *m, const Recipe *r, double norm)
 // sequence may grow without end: it sees its last `window` tokens.
 typedef struct {
     const Model *m;
-    size_t capacity, window, max_rows, positions;
+    size_t slots, capacity, window, max_rows, positions;
     Arena arena;
     LayerActs a;          // of the layer at work
     real **c_kv, **k_pe;  // [L + D] of [slots, capacity, Rkv] and [slots, capacity, Dr]
@@ -2161,13 +2190,13 @@ typedef struct {
     accum *rope;          // [positions, Dr]
 } Decoder;
 
-static void decoder_bind(Decoder *s, size_t slots)
+static void decoder_bind(Decoder *s)
 {
     const Config *c = &s->m->config;
     int sets = 0;
     s->arena.used = 0;
     for (size_t l = 0; l < layers(c); l++) {
-        size_t rows = size_mul(slots, s->capacity);
+        size_t rows = size_mul(s->slots, s->capacity);
         s->c_kv[l] = (real *)arena_take(&s->arena, size_mul(rows, c->Rkv), sizeof(real));
         s->k_pe[l] = (real *)arena_take(&s->arena, size_mul(rows, c->Dr), sizeof(real));
         sets |= layer_set(c, l);
@@ -2181,8 +2210,9 @@ static void decoder_bind(Decoder *s, size_t slots)
     s->pos = (int *)arena_take(&s->arena, s->max_rows, sizeof(int));
 }
 
+// The plan of a decoder, with arena.used telling its memory; decoder_make allocates it.
 // positions: how long a sequence may get.
-static Decoder decoder_make(const Model *m, size_t slots, size_t window, size_t max_rows,
+static Decoder decoder_plan(const Model *m, size_t slots, size_t window, size_t max_rows,
                             size_t positions)
 {
     Decoder s;
@@ -2194,10 +2224,18 @@ static Decoder decoder_make(const Model *m, size_t slots, size_t window, size_t 
     s.positions = positions;
     s.c_kv = (real **)host_alloc(layers(&m->config), sizeof(real *));
     s.k_pe = (real **)host_alloc(layers(&m->config), sizeof(real *));
-    s.rope = rope_table(&m->config, positions);
-    decoder_bind(&s, slots); // measures
+    s.slots = slots;
+    decoder_bind(&s);
+    return s;
+}
+
+static Decoder decoder_make(const Model *m, size_t slots, size_t window, size_t max_rows,
+                            size_t positions)
+{
+    Decoder s = decoder_plan(m, slots, window, max_rows, positions);
     s.arena.base = (char *)device_alloc(s.arena.used);
-    decoder_bind(&s, slots);
+    decoder_bind(&s);
+    s.rope = rope_table(&m->config, positions);
     return s;
 }
 
@@ -2711,13 +2749,14 @@ typedef struct {
     char *path, *temporary;
 } Output;
 
-static Output output_open(const char *directory, const char *name)
+static Output output_open(const char *path)
 {
     Output o;
-    o.path = path_join(directory, name);
-    size_t n = strlen(o.path) + 5;
+    size_t n = strlen(path) + 5;
+    o.path = (char *)host_alloc(n, 1);
     o.temporary = (char *)host_alloc(n, 1);
-    snprintf(o.temporary, n, "%s.tmp", o.path);
+    snprintf(o.path, n, "%s", path);
+    snprintf(o.temporary, n, "%s.tmp", path);
     o.f = fopen(o.temporary, "wb");
     if (!o.f)
         die(BAD_INPUT, "%s: cannot write: %s; choose another directory", o.temporary,
@@ -2744,7 +2783,7 @@ static void output_close(Output *o)
     if (fclose(o->f)) output_fail(o);
     if (rename(o->temporary, o->path)) output_fail(o);
     char *slash = strrchr(o->path, '/'); // the rename, too, is on the disk only after an fsync
-    if (slash) *slash = 0;
+    if (slash) slash[slash == o->path] = 0;
     int directory = open(slash ? o->path : ".", O_RDONLY);
     if (directory >= 0) {
         fsync(directory); // some file systems refuse; there is no more to be done then
@@ -2756,8 +2795,8 @@ static void output_close(Output *o)
 
 static void config_save(const Config *c, const char *directory)
 {
-    Output o = output_open(directory, "config.json");
-    char text[8192];
+    char *path = path_join(directory, "config.json"), text[8192];
+    Output o = output_open(path);
     int n = snprintf(text, sizeof text, "{\n  \"architectures\": [\"DeepseekV3ForCausalLM\"],\n"
                      "  \"model_type\": \"deepseek_v3\",\n  \"torch_dtype\": \"float32\",\n");
 #define PRINT(...) n += snprintf(text + n, sizeof text - (size_t)n, __VA_ARGS__)
@@ -2783,6 +2822,22 @@ static void config_save(const Config *c, const char *directory)
           "  \"tie_word_embeddings\": false\n}\n", c->NH);
     output_write(&o, text, (size_t)n);
     output_close(&o);
+    free(path);
+}
+
+// Appends text to a JSON string that is being written at `to`, escaped. Returns the end.
+static char *json_escape(char *to, const char *text)
+{
+    for (int n; *text; text += n) {
+        n = utf8_length(text);
+        if (!n) die(BAD_INPUT, "'%s' is not UTF-8", text);
+        if (n == 1 && (*text == '"' || *text == '\\' || (unsigned char)*text < 0x20))
+            to += snprintf(to, 7, "\\u%04x", (unsigned)*text);
+        else
+            for (int i = 0; i < n; i++) *to++ = text[i];
+    }
+    *to = 0;
+    return to;
 }
 
 // safetensors: 8 bytes of header length, a JSON header, the data. What is to be written:
@@ -2799,11 +2854,12 @@ static size_t entry_size(const Entry *e)
     return n;
 }
 
-static void safetensors_save(const char *directory, const char *name, const Entry *entry, size_t n)
+// metadata: further members of the header's "__metadata__", each after a comma.
+static void safetensors_save(const char *path, const char *metadata, const Entry *entry, size_t n)
 {
-    size_t room = 64 + n * (NAME_MAX_LENGTH + 160), length = 0, at = 0, largest = 0;
+    size_t room = 64 + strlen(metadata) + n * (NAME_MAX_LENGTH + 160), length, at = 0, largest = 0;
     char *header = (char *)host_alloc(room, 1);
-    length += (size_t)snprintf(header, room, "{\"__metadata__\":{\"format\":\"pt\"}");
+    length = (size_t)snprintf(header, room, "{\"__metadata__\":{\"format\":\"pt\"%s}", metadata);
     for (size_t i = 0; i < n; i++) {
         const Entry *e = &entry[i];
         size_t size = entry_size(e);
@@ -2820,7 +2876,7 @@ static void safetensors_save(const char *directory, const char *name, const Entr
     while (length % 8) header[length++] = ' ';
     unsigned char prefix[8];
     for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)length >> 8 * i);
-    Output o = output_open(directory, name);
+    Output o = output_open(path);
     output_write(&o, prefix, 8);
     output_write(&o, header, length);
     accum *host = (accum *)host_alloc(largest, sizeof(accum));
@@ -2837,27 +2893,28 @@ static void safetensors_save(const char *directory, const char *name, const Entr
     free(single);
 }
 
-// Lists tensors of the layout for saving, each expert by its own name; data holds all of them.
-static Entry *entries_make(const Layout *layout, const accum *data, const char *prefix, size_t *n)
+static size_t count_entries(const Layout *layout)
 {
-    size_t most = 0;
-    for (size_t i = 0; i < layout->tensors; i++) most += layout->tensor[i].count;
-    Entry *entry = (Entry *)host_alloc(most, sizeof(Entry));
-    *n = 0;
+    size_t n = 0;
+    for (size_t i = 0; i < layout->tensors; i++) n += layout->tensor[i].count;
+    return n;
+}
+
+// Lists the layout's tensors for saving, each expert's by its own name; data holds all of them.
+// Returns where the list ends.
+static Entry *entries_add(Entry *e, const Layout *layout, const char *prefix, const accum *data)
+{
     for (size_t i = 0; i < layout->tensors; i++) {
         const Tensor *t = &layout->tensor[i];
-        for (size_t k = 0; k < t->count; k++) {
-            Entry *e = &entry[(*n)++];
-            char tensor[NAME_MAX_LENGTH];
-            tensor_name(tensor, t, k);
-            snprintf(e->name, sizeof e->name, "%.16s%.108s", prefix, tensor);
-            e->dims = t->kind == NORM || t->kind == ROUTER_BIAS ? 1 : 2;
+        for (size_t k = 0; k < t->count; k++, e++) {
+            tensor_name(e->name, prefix, t, k);
+            e->dims = tensor_dims(t);
             e->shape[0] = e->dims == 1 ? t->cols : t->rows;
             e->shape[1] = t->cols;
             e->data = data + t->offset + k * t->rows * t->cols;
         }
     }
-    return entry;
+    return e;
 }
 
 static void make_directory(const char *path)
@@ -2880,11 +2937,14 @@ static void make_directory(const char *path)
 // Writes config.json and model.safetensors.
 static void model_save(const Model *m, const char *directory)
 {
-    size_t n;
-    Entry *entry = entries_make(&m->layout, m->weights, "", &n);
+    size_t n = count_entries(&m->layout);
+    Entry *entry = (Entry *)host_alloc(n, sizeof(Entry));
     make_directory(directory);
     config_save(&m->config, directory);
-    safetensors_save(directory, "model.safetensors", entry, n);
+    entries_add(entry, &m->layout, "", m->weights);
+    char *path = path_join(directory, "model.safetensors");
+    safetensors_save(path, "", entry, n);
+    free(path);
     free(entry);
 }
 
@@ -3107,27 +3167,36 @@ static int is_shared_copy(const char *name)
            (strstr(name, ".embed_tokens.weight") || strstr(name, ".shared_head.head.weight"));
 }
 
-static Model model_load(const char *directory, int training)
+// An opened checkpoint: the tensors of all its files.
+typedef struct {
+    const char *directory;
+    Shard *shard;
+    size_t shards, n;
+    Stored *stored; // [n], sorted by name
+} Checkpoint;
+
+static Checkpoint checkpoint_list(const char *directory, Shard *shard, size_t shards)
 {
-    char *path = path_join(directory, "config.json");
-    Config c = config_load(path);
-    Model m = model_make(&c, training);
-    size_t shards, stored;
-    Shard *shard = shards_open(directory, &shards);
-    Stored *list = stored_list(shard, shards, &stored);
-    for (size_t i = 0; i < m.layout.tensors; i++) {
-        const Tensor *t = &m.layout.tensor[i];
-        size_t n = t->rows * t->cols, dims = t->kind == NORM || t->kind == ROUTER_BIAS ? 1 : 2;
-        real *host = (real *)host_alloc(n, sizeof(real));
+    Checkpoint c = {directory, shard, shards, 0, NULL};
+    c.stored = stored_list(shard, shards, &c.n);
+    return c;
+}
+
+// Reads every tensor of the layout, named with the prefix, to where it stands in `to`.
+static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *prefix, accum *to)
+{
+    for (size_t i = 0; i < layout->tensors; i++) {
+        const Tensor *t = &layout->tensor[i];
+        size_t n = t->rows * t->cols, dims = tensor_dims(t);
+        accum *host = (accum *)host_alloc(n, sizeof(accum));
         for (size_t k = 0; k < t->count; k++) {
             char name[NAME_MAX_LENGTH];
-            tensor_name(name, t, k);
-            Stored key;
+            tensor_name(name, prefix, t, k);
+            Stored key, *s = NULL;
             key.name = name;
-            Stored *s =
-                stored ? (Stored *)bsearch(&key, list, stored, sizeof *list, compare_names) : NULL;
+            if (c->n) s = (Stored *)bsearch(&key, c->stored, c->n, sizeof key, compare_names);
             if (!s)
-                die(BAD_INPUT, "%s: %s: is missing, though config.json calls for it", directory,
+                die(BAD_INPUT, "%s: %s: is missing, though config.json calls for it", c->directory,
                     name);
             size_t shape[2] = {dims == 1 ? t->cols : t->rows, dims == 1 ? 0 : t->cols};
             if (s->dims != dims || s->shape[0] != shape[0] || s->shape[1] != shape[1])
@@ -3135,19 +3204,43 @@ static Model model_load(const char *directory, int training)
                     "dimension)", s->shard->path, name, s->shape[0], s->shape[1], shape[0],
                     shape[1]);
             stored_read(s, host, n);
-            to_device(m.weights + t->offset + k * n, host, n * sizeof(real));
+            to_device(to + t->offset + k * n, host, n * sizeof(accum));
             s->used = 1;
         }
         free(host);
     }
-    for (size_t i = 0; i < stored; i++)
-        if (!list[i].used && !is_shared_copy(list[i].name))
-            die(BAD_INPUT, "%s: %s: config.json has no place for it", list[i].shard->path,
-                list[i].name);
-    for (size_t i = 0; i < shards; i++) shard_close(&shard[i]);
-    free(shard);
-    free(list);
+}
+
+// Dies if there is a tensor that nobody read.
+static void checkpoint_close(Checkpoint *c)
+{
+    for (size_t i = 0; i < c->n; i++)
+        if (!c->stored[i].used && !is_shared_copy(c->stored[i].name))
+            die(BAD_INPUT, "%s: %s: config.json has no place for it", c->stored[i].shard->path,
+                c->stored[i].name);
+    for (size_t i = 0; i < c->shards; i++) shard_close(&c->shard[i]);
+    free(c->shard);
+    free(c->stored);
+}
+
+static Config directory_config(const char *directory)
+{
+    char *path = path_join(directory, "config.json");
+    Config c = config_load(path);
     free(path);
+    return c;
+}
+
+// The model in a directory.
+static Model model_load(const char *directory, int training)
+{
+    Config config = directory_config(directory);
+    size_t shards;
+    Shard *shard = shards_open(directory, &shards);
+    Checkpoint c = checkpoint_list(directory, shard, shards);
+    Model m = model_make(&config, training);
+    checkpoint_read(&c, &m.layout, "", m.weights);
+    checkpoint_close(&c);
     return m;
 }
 
@@ -3157,52 +3250,56 @@ static Model model_load(const char *directory, int training)
 // Every option of the command line, once: commands that take it, type, field, --name, default,
 // what it takes, what it does.
 enum {
-    TRAIN = 1, SAMPLE = 2, EVAL = 4, CHECK = 8, MOST = TRAIN | SAMPLE | EVAL | CHECK
+    TRAIN = 1, SAMPLE = 2, EVAL = 4, CHECK = 8, MOST = TRAIN | SAMPLE | EVAL | CHECK,
+    SAVED = 16, RUN = TRAIN | SAVED // saved with a run, for --resume
 };
 #define OPTIONS(X) \
     X(MOST, Text, model, "model", "", "DIR", "model directory to start from") \
     X(TRAIN | CHECK, Text, config, "config", "laptop", "FILE", \
       "new model: a config.json, laptop, moonlight-16b or deepseek-v3") \
-    X(TRAIN | EVAL | CHECK, Text, data, "data", "", "FILE", "text to read") \
+    X(RUN | EVAL | CHECK, Text, data, "data", "", "FILE", "text to read") \
     X(TRAIN, Text, out, "out", "out/model", "DIR", "where the trained model goes") \
+    X(TRAIN, Text, resume, "resume", "", "DIR", "go on with the run that was saved there") \
+    X(TRAIN, Count, stop_after, "stop-after", "0", "K", "end after step K, saving; 0: do not") \
+    X(RUN, Count, save_every, "save-every", "200", "N", "steps between saves; 0: at the end") \
     X(CHECK, Text, dump, "dump", "", "FILE", "write logits, losses and gradients there") \
-    X(TRAIN, Count, steps, "steps", "850", "N", "steps to train") \
+    X(RUN, Count, steps, "steps", "850", "N", "steps to train") \
     X(CHECK, Count, check_steps, "steps", "0", "N", "AdamW steps to take on the batch") \
-    X(TRAIN | CHECK, Count, batch, "batch", "16", "B", "sequences at once") \
-    X(TRAIN | EVAL | CHECK, Count, seq, "seq", "0", "T", \
+    X(RUN | CHECK, Count, batch, "batch", "16", "B", "sequences at once") \
+    X(RUN | EVAL | CHECK, Count, seq, "seq", "0", "T", \
       "tokens of a sequence; 0: max_position_embeddings") \
-    X(TRAIN, Count, accumulate, "accumulate", "1", "N", "batches whose gradients make one step") \
-    X(TRAIN, Text, optimizer, "optimizer", "muon", "NAME", \
+    X(RUN, Count, accumulate, "accumulate", "1", "N", "batches whose gradients make one step") \
+    X(RUN, Text, optimizer, "optimizer", "muon", "NAME", \
       "muon (hidden matrices; AdamW for the rest) or adamw") \
-    X(TRAIN, Number, lr, "lr", "0.01", "X", "peak learning rate") \
+    X(RUN, Number, lr, "lr", "0.01", "X", "peak learning rate") \
     X(CHECK, Number, check_lr, "lr", "0.001", "X", "learning rate of --steps") \
-    X(TRAIN, Number, adam_lr, "adam-lr", "0", "X", \
+    X(RUN, Number, adam_lr, "adam-lr", "0", "X", \
       "beside muon, peak learning rate of AdamW; 0: --lr") \
-    X(TRAIN, Count, warmup, "warmup", "20", "N", "steps of linear warm-up") \
-    X(TRAIN, Number, hold, "hold", "0", "X", \
+    X(RUN, Count, warmup, "warmup", "20", "N", "steps of linear warm-up") \
+    X(RUN, Number, hold, "hold", "0", "X", \
       "share of the steps at the peak, then the cosine; V3: 0.68") \
-    X(TRAIN, Number, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at") \
-    X(TRAIN | CHECK, Number, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
-    X(TRAIN | CHECK, Number, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
-    X(TRAIN | CHECK, Number, decay, "weight-decay", "0.1", "X", "decoupled weight decay") \
-    X(TRAIN | CHECK, Number, clip, "clip", "1", "X", "global gradient norm; 0: no clipping") \
-    X(TRAIN, Number, momentum, "momentum", "0.95", "X", "Muon's momentum") \
-    X(TRAIN | CHECK, Number, bias_speed, "bias-speed", "0.001", "X", "step of the routers' bias") \
-    X(TRAIN, Number, val_share, "val-share", "0.1", "X", \
+    X(RUN, Number, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at") \
+    X(RUN | CHECK, Number, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
+    X(RUN | CHECK, Number, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
+    X(RUN | CHECK, Number, decay, "weight-decay", "0.1", "X", "decoupled weight decay") \
+    X(RUN | CHECK, Number, clip, "clip", "1", "X", "global gradient norm; 0: no clipping") \
+    X(RUN, Number, momentum, "momentum", "0.95", "X", "Muon's momentum") \
+    X(RUN | CHECK, Number, bias_speed, "bias-speed", "0.001", "X", "step of the routers' bias") \
+    X(RUN, Number, val_share, "val-share", "0.1", "X", \
       "last part of the text, kept for validation") \
-    X(TRAIN, Count, val_every, "val-every", "100", "N", \
+    X(RUN, Count, val_every, "val-every", "100", "N", \
       "steps between validations; 0: only at the end") \
-    X(TRAIN, Count, log_every, "log-every", "10", "N", "steps between lines when piped") \
+    X(RUN, Count, log_every, "log-every", "10", "N", "steps between lines when piped") \
     X(SAMPLE, Text, prompt, "prompt", "\n", "TEXT", "what the text begins with") \
-    X(SAMPLE | TRAIN, Count, tokens, "tokens", "300", "N", "tokens to generate") \
-    X(SAMPLE | TRAIN, Number, temperature, "temperature", "0.8", "X", \
+    X(RUN | SAMPLE, Count, tokens, "tokens", "300", "N", "tokens to generate") \
+    X(RUN | SAMPLE, Number, temperature, "temperature", "0.8", "X", \
       "0: always the likeliest token") \
-    X(SAMPLE | TRAIN, Count, top_k, "top-k", "0", "K", "choose among the K likeliest; 0: all") \
-    X(SAMPLE | TRAIN, Number, top_p, "top-p", "0.95", "X", \
+    X(RUN | SAMPLE, Count, top_k, "top-k", "0", "K", "choose among the K likeliest; 0: all") \
+    X(RUN | SAMPLE, Number, top_p, "top-p", "0.95", "X", \
       "choose among the likeliest of this total probability") \
     X(SAMPLE, Flag, speculate, "speculate", "", "", \
       "draft with the MTP layer; the text stays the same") \
-    X(MOST, Count, seed, "seed", "1", "S", "of all random numbers") \
+    X(MOST | SAVED, Count, seed, "seed", "1", "S", "of all random numbers") \
     X(MOST, Count, threads, "threads", "0", "N", "0: as many as there are")
 
 typedef const char *Text;
@@ -3212,6 +3309,45 @@ typedef int Flag;
 
 #define OPTION_FIELD(commands, type, field, ...) type field;
 typedef struct { OPTIONS(OPTION_FIELD) } Options;
+
+static Text parse_Text(const char *name, const char *value) { (void)name; return value; }
+
+static Count parse_Count(const char *name, const char *value)
+{
+    char *end;
+    errno = 0;
+    unsigned long long x = strtoull(value, &end, 10);
+    if (!isdigit((unsigned char)*value) || *end || errno || x > (1ull << 40))
+        die(BAD_INPUT, "--%s is '%s'; it must be a whole number, 0 or more", name, value);
+    return (size_t)x;
+}
+
+static Number parse_Number(const char *name, const char *value)
+{
+    char *end;
+    double x = strtod(value, &end);
+    if (end == value || *end || !isfinite(x) || x < 0)
+        die(BAD_INPUT, "--%s is '%s'; it must be a number, 0 or more", name, value);
+    return x;
+}
+
+static Flag parse_Flag(const char *name, const char *value) { (void)name; return *value != 0; }
+
+// The other way, in room for 32 characters; parse_ reads the same value back.
+static const char *show_Text(char *room, Text x) { return (void)room, x; }
+static const char *show_Flag(char *room, Flag x) { return (void)room, x ? "yes" : ""; }
+
+static const char *show_Count(char *room, Count x)
+{
+    snprintf(room, 32, "%zu", x);
+    return room;
+}
+
+static const char *show_Number(char *room, Number x)
+{
+    snprintf(room, 32, "%.17g", x);
+    return room;
+}
 
 // ------------------------------------------------------------------------------------------------
 // 10  Training
@@ -3239,11 +3375,13 @@ static void tokens_copy(int *to, const char *bytes, size_t n)
     for (size_t i = 0; i < n; i++) to[i] = (unsigned char)bytes[i];
 }
 
+#define EVAL_ROWS(T) ceil_div(4096, T) // sequences at once
+
 // Mean loss over every token of bytes[0 .. n) but the first, in windows of T tokens, of which each
 // sees what stands before it in its window. The last window may be shorter.
 static double text_loss(const Model *m, const char *bytes, size_t n, size_t T)
 {
-    size_t tokens = n - 1, most = ceil_div(4096, T);
+    size_t tokens = n - 1, most = EVAL_ROWS(T);
     int *rows = (int *)host_alloc(most * (T + 1), sizeof(int));
     double sum = 0;
     Acts a;
@@ -3323,20 +3461,19 @@ static void print_token(int token)
     fflush(stdout);
 }
 
+// Calls decoder_plan or decoder_make for one text: a prompt of n tokens and `more` after it.
+#define SAMPLE_DECODER(function, m, n, more) \
+    function(m, 1, min_size((m)->config.Tmax, (n) + (more)), min_size((n) + 1, 256), \
+             (n) + (more) + 1)
+
 static Generation sample(const Model *m, const Options *o, const char *prompt, int speculate)
 {
-    size_t n = strlen(prompt);
+    size_t n = strlen(prompt), length = n + o->tokens;
     Sampler s = {o->temperature, (int)o->top_k, o->top_p, o->seed};
-    size_t window = m->config.Tmax, length = n + o->tokens;
-    Decoder d = decoder_make(m, 1, min_size(window, length), min_size(n + 1, 256), length + 1);
+    Decoder d = SAMPLE_DECODER(decoder_make, m, n, o->tokens);
     int *tokens = (int *)host_alloc(length + 2, sizeof(int));
     tokens_copy(tokens, prompt, n);
-    for (size_t i = 0; i < n; i++) {
-        if ((size_t)tokens[i] >= m->config.V)
-            die(BAD_INPUT, "--prompt: byte %d is outside the vocabulary of %zu", tokens[i],
-                m->config.V);
-        print_token(tokens[i]);
-    }
+    for (size_t i = 0; i < n; i++) print_token(tokens[i]);
     Generation g = generate(&d, &s, tokens, n, o->tokens, speculate, print_token);
     putchar('\n');
     free(tokens);
@@ -3344,17 +3481,68 @@ static Generation sample(const Model *m, const Options *o, const char *prompt, i
     return g;
 }
 
-static Model model_from_options(const Options *o, int training)
+static Config config_from_options(const Options *o)
+{
+    if (*o->model) return directory_config(o->model);
+    for (int preset = 0; preset < PRESETS; preset++)
+        if (!strcmp(o->config, preset_names[preset])) return config_preset(preset);
+    return config_load(o->config);
+}
+
+// A model of this configuration: that of --model, or a new one.
+static Model model_from_options(const Options *o, const Config *c, int training)
 {
     if (*o->model) return model_load(o->model, training);
-    Config c;
-    int preset = 0;
-    while (preset < PRESETS && strcmp(o->config, preset_names[preset])) preset++;
-    if (preset < PRESETS) c = config_preset(preset);
-    else c = config_load(o->config);
-    Model m = model_make(&c, training);
+    Model m = model_make(c, training);
     model_init(&m, o->seed);
     return m;
+}
+
+// Bytes of memory that are free for use.
+static double free_memory(void)
+{
+    double kilobytes = 0;
+    char line[128];
+    FILE *f = fopen("/proc/meminfo", "r"); // Linux; elsewhere all there is
+    while (f && fgets(line, sizeof line, f))
+        if (!strncmp(line, "MemAvailable:", 13)) kilobytes = strtod(line + 13, NULL);
+    if (f && fclose(f)) kilobytes = 0;
+    if (kilobytes > 0) return 1024 * kilobytes;
+    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+}
+
+// What a command is about to allocate, in bytes.
+typedef struct {
+    double weights, gradients, optimizer, activations, cache;
+} Memory;
+
+static double memory_total(const Memory *m)
+{
+    return m->weights + m->gradients + m->optimizer + m->activations + m->cache;
+}
+
+// Refuses what the machine does not have, before it is asked for.
+static Memory memory_plan(const Config *c, int training, size_t activations, size_t cache)
+{
+    Layout layout = layout_make(c);
+    double n = (double)layout.elements, grads = training ? n * sizeof(accum) : 0;
+    Memory m = {n * sizeof(real), grads, 2 * grads, (double)activations, (double)cache};
+    double total = memory_total(&m), available = free_memory();
+    free(layout.tensor);
+    if (total > available)
+        die(FAILED, "%.0f MB of memory are needed (weights %.0f, gradients and optimizer %.0f, "
+            "activations and cache %.0f) and %.0f are free; use a smaller --config, --batch or "
+            "--seq", total * 1e-6, m.weights * 1e-6, 3 * grads * 1e-6,
+            (m.activations + m.cache) * 1e-6, available * 1e-6);
+    return m;
+}
+
+static void memory_print(FILE *to, const Memory *m)
+{
+    fprintf(to, "memory: weights %.1f MB, gradients %.1f, optimizer %.1f, activations %.1f, "
+            "cache %.1f; %.1f of %.0f MB free\n", m->weights * 1e-6, m->gradients * 1e-6,
+            m->optimizer * 1e-6, m->activations * 1e-6, m->cache * 1e-6, memory_total(m) * 1e-6,
+            free_memory() * 1e-6);
 }
 
 static size_t sequence_length(const Options *o, const Config *c)
@@ -3377,9 +3565,12 @@ typedef struct {
     size_t n_train;           // bytes of it that train; the rest validates
     size_t B, T;
     int *tokens;              // [B, T + 1]
-    double start;             // time
+    size_t step;              // steps done
+    size_t saved;             // step of the last save, 0: none
     double val_loss;          // of the last validation, NAN before
     double train_loss;        // running mean
+    double start;             // time at which this program began, having done first_step
+    size_t first_step;
 } Run;
 
 static Recipe recipe_make(const Options *o, int muon, double lr, double adam_lr)
@@ -3391,7 +3582,13 @@ static Recipe recipe_make(const Options *o, int muon, double lr, double adam_lr)
 
 static Run run_make(const Options *o, const Config *c)
 {
-    Run r = {data_load(o->data, c), 0, o->batch, sequence_length(o, c), NULL, now(), NAN, NAN};
+    Run r;
+    memset(&r, 0, sizeof r);
+    r.text = data_load(o->data, c);
+    r.B = o->batch;
+    r.T = sequence_length(o, c);
+    r.val_loss = r.train_loss = NAN;
+    r.start = now();
     if (o->steps == 0 || r.B == 0 || o->accumulate == 0)
         die(BAD_INPUT, "--steps, --batch and --accumulate must be at least 1");
     if (strcmp(o->optimizer, "muon") && strcmp(o->optimizer, "adamw"))
@@ -3404,6 +3601,128 @@ static Run run_make(const Options *o, const Config *c)
             r.text.n - r.n_train, r.T + 1);
     r.tokens = (int *)host_alloc(size_mul(r.B, r.T + 1), sizeof(int));
     return r;
+}
+
+static uint64_t data_hash(const Data *t) // FNV-1a
+{
+    uint64_t h = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < t->n; i++) h = (h ^ (unsigned char)t->bytes[i]) * 0x100000001B3u;
+    return h;
+}
+
+static const char state_name[] = "optimizer.safetensors";
+
+// Saves all that the run needs to go on in one file, weights included, so that a run killed at any
+// instant finds the old state or the new one; then the model for others.
+static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *opt, FILE *log)
+{
+    size_t n = 3 * count_entries(&m->layout), length = 1024;
+    char room[32];
+    if (!isfinite(sum_squares(m->weights, m->layout.elements)))
+        die(FAILED, "step %zu: the weights are no longer finite; %s still has step %zu; try a "
+            "smaller --lr", r->step, o->out, r->saved);
+#define OPTION_LENGTH(commands, type, field, ...) \
+    length += 64 + 6 * strlen(show_##type(room, o->field));
+    OPTIONS(OPTION_LENGTH)
+    char *metadata = (char *)host_alloc(length, 1), *end = metadata;
+#define ADD_OPTION(commands, type, field, name, ...) \
+    if ((commands) & SAVED) { \
+        end += sprintf(end, ",\"--%s\":\"", name); \
+        end = json_escape(end, show_##type(room, o->field)); \
+        *end++ = '"'; \
+    }
+    OPTIONS(ADD_OPTION)
+    sprintf(end, ",\"step\":\"%zu\",\"optimizer_step\":\"%ld\",\"train_loss\":\"%.17g\","
+            "\"val_loss\":\"%.17g\",\"text_hash\":\"%016llx\"", r->step, opt->step,
+            r->train_loss, r->val_loss, (unsigned long long)data_hash(&r->text));
+    Entry *entry = (Entry *)host_alloc(n, sizeof(Entry));
+    Entry *next = entries_add(entry, &m->layout, "", m->weights);
+    next = entries_add(next, &m->layout, "m.", opt->m);
+    entries_add(next, &m->layout, "v.", opt->v);
+    if (fflush(log)) die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    char *path = path_join(o->out, state_name);
+    safetensors_save(path, metadata, entry, n);
+    model_save(m, o->out);
+    free(path);
+    r->saved = r->step;
+    free(entry);
+    free(metadata);
+}
+
+static const char *state_value(const Shard *s, const char *key)
+{
+    const Json *metadata = json_get(s->header, "__metadata__");
+    const Json *value = metadata && metadata->type == JSON_OBJECT ? json_get(metadata, key) : NULL;
+    if (!value || value->type != JSON_STRING)
+        die(BAD_INPUT, "%s: is not the state of a run: has no %s", s->path, key);
+    return value->string;
+}
+
+// Takes the options that a run was started with, and the directory it is in.
+static void options_from_state(Options *o, const char *directory)
+{
+    Shard *s = (Shard *)host_alloc(1, sizeof(Shard)); // stays, as the options point into it
+    *s = shard_open(directory, state_name);
+#define TAKE_OPTION(commands, type, field, name, ...) \
+    if ((commands) & SAVED) \
+        o->field = parse_##type(name, state_value(s, "--" name));
+    OPTIONS(TAKE_OPTION)
+    o->model = o->resume = o->out = directory;
+}
+
+// Puts a saved run back: weights, optimizer, position.
+static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
+{
+    Shard *s = (Shard *)host_alloc(1, sizeof(Shard));
+    *s = shard_open(o->resume, state_name);
+    char hash[32];
+    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)data_hash(&r->text));
+    if (strcmp(hash, state_value(s, "text_hash")))
+        die(BAD_INPUT, "%s: is not the text that the run in %s began with", o->data, o->resume);
+    r->step = r->first_step = r->saved = parse_Count("step", state_value(s, "step"));
+    opt->step = (long)parse_Count("optimizer_step", state_value(s, "optimizer_step"));
+    r->train_loss = strtod(state_value(s, "train_loss"), NULL); // either may be nan
+    r->val_loss = strtod(state_value(s, "val_loss"), NULL);
+    Checkpoint c = checkpoint_list(o->resume, s, 1);
+    checkpoint_read(&c, &m->layout, "", m->weights);
+    checkpoint_read(&c, &m->layout, "m.", opt->m);
+    checkpoint_read(&c, &m->layout, "v.", opt->v);
+    checkpoint_close(&c);
+    if (r->step >= o->steps)
+        die(BAD_INPUT, "%s: the run has taken all its %zu steps; a larger --steps goes on",
+            o->resume, r->step);
+}
+
+// Opens log.csv with the rows of the steps that are done, and nothing after them.
+static FILE *log_open(const Run *r, const char *directory)
+{
+    static const char head[] =
+        "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr\n";
+    char *path = path_join(directory, "log.csv");
+    if (r->step > 0) {
+        size_t size, rows = 0;
+        char *old = read_file(path, &size, (size_t)1 << 40), *end = old;
+        while (rows <= r->step && (end = strchr(end, '\n'))) end++, rows++;
+        if (!end) die(BAD_INPUT, "%s: has fewer rows than the run had steps, %zu", path, r->step);
+        Output out = output_open(path);
+        output_write(&out, old, (size_t)(end - old));
+        output_close(&out);
+        free(old);
+    }
+    FILE *log = fopen(path, r->step > 0 ? "a" : "w");
+    if (!log || (r->step == 0 && fputs(head, log) < 0))
+        die(BAD_INPUT, "%s: cannot write: %s; choose another --out", path, strerror(errno));
+    free(path);
+    return log;
+}
+
+// The first SIGINT or SIGTERM ends the run after its step, saved; the second at once.
+static volatile sig_atomic_t stop_signal = 0;
+
+static void on_signal(int number)
+{
+    stop_signal = number;
+    signal(number, SIG_DFL);
 }
 
 // Adds the gradients of a step's batches to the model's; returns their mean losses.
@@ -3431,10 +3750,12 @@ static Losses run_batches(Run *r, const Options *o, size_t step, Model *m, Acts 
 }
 
 // One line of how it goes: a bar and a line that stays in place on a terminal, else a line each.
-static void run_print(const Run *r, const Options *o, size_t step, const Losses *s, double load,
-                      double norm, double lr)
+static void run_print(const Run *r, const Options *o, const Losses *s, double load, double norm,
+                      double lr)
 {
-    double elapsed = now() - r->start, eta = elapsed / (double)step * (double)(o->steps - step);
+    size_t step = r->step;
+    double elapsed = now() - r->start, done = (double)(step - r->first_step);
+    double eta = elapsed / done * (double)(o->steps - step);
     if (isatty(1)) {
         int full = (int)(20 * step / o->steps);
         printf("\r\033[K[%.*s%.*s] ", full, "####################", 20 - full,
@@ -3444,72 +3765,106 @@ static void run_print(const Run *r, const Options *o, size_t step, const Losses 
     if (isfinite(r->val_loss)) printf("%.4f", r->val_loss);
     else printf("-");
     printf(" mtp %.3f load %.2f norm %.2f lr %.2e %.0f tok/s eta ", s->mtp, load, norm, lr,
-           (double)(step * o->accumulate * r->B * r->T) / elapsed);
+           done * (double)(o->accumulate * r->B * r->T) / elapsed);
     print_duration(eta);
     if (!isatty(1)) putchar('\n');
     fflush(stdout);
 }
 
+// Makes the directory; refuses one that holds a model of another shape, for while one is replaced
+// by the other the directory would hold neither.
+static void prepare_directory(const Options *o, const Config *c)
+{
+    make_directory(o->out);
+    char *path = path_join(o->out, "config.json");
+    if (!access(path, F_OK)) {
+        Config old = config_load(path);
+        if (memcmp(&old, c, sizeof old))
+            die(BAD_INPUT, "%s: holds a model of another shape; remove it or choose another --out",
+                o->out);
+    }
+    free(path);
+}
+
+enum { BAD_STEPS = 5 }; // in a row that end a run
+
 static int command_train(const Options *o)
 {
-    Model m = model_from_options(o, 1);
-    const Config *c = &m.config;
+    Config config = config_from_options(o);
+    const Config *c = &config;
     Run r = run_make(o, c);
-    make_directory(o->out);
-    char *log_path = path_join(o->out, "log.csv");
-    FILE *log = fopen(log_path, "w");
-    if (!log)
-        die(BAD_INPUT, "%s: cannot write: %s; choose another --out", log_path, strerror(errno));
-    fprintf(log, "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr,seconds\n");
-
-    Acts a = acts_make(c, r.B, r.T, 1);
+    Acts plan = acts_plan(c, r.B, r.T, 1);
+    Memory memory = memory_plan(c, 1, plan.arena.used, 0);
+    acts_free(&plan);
+    prepare_directory(o, c);
+    Model m = model_from_options(o, c, 1);
     Optimizer opt = optimizer_make(&m);
-    size_t params = 0, n_val = r.text.n - r.n_train;
+    if (*o->resume) run_load(&r, o, &m, &opt);
+    FILE *log = log_open(&r, o->out);
+    Acts a = acts_make(c, r.B, r.T, 1);
+    size_t n_val = r.text.n - r.n_train, bad = 0;
     int muon = !strcmp(o->optimizer, "muon");
-    for (size_t i = 0; i < m.layout.tensors; i++) params += tensor_size(&m.layout.tensor[i]);
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    memory_print(stdout, &memory);
     printf("%zu parameters, %zu layers, %zu of %zu experts a token; %zu x %zu tokens a step, %s, "
-           "%d threads\n", params, c->L, c->K, c->E, r.B * o->accumulate, r.T, o->optimizer,
-           thread_count());
-    for (size_t step = 0; step < o->steps; step++) {
-        Losses s = run_batches(&r, o, step, &m, &a, &opt);
-        double norm = grad_norm(&m), load = worst_load(&m, &opt), share = schedule(o, step);
-        if (!isfinite(s.total) || !isfinite(norm))
-            die(FAILED, "step %zu: the loss is %g and the gradient's norm %g; try a smaller --lr",
-                step + 1, s.total, norm);
-        Recipe recipe = recipe_make(o, muon, o->lr * share,
-                                    (o->adam_lr > 0 ? o->adam_lr : o->lr) * share);
-        optimizer_step(&opt, &m, &recipe, norm);
-        r.train_loss = step ? 0.95 * r.train_loss + 0.05 * s.main : s.main;
-        int last = step + 1 == o->steps;
-        int validate = n_val && (last || (o->val_every && (step + 1) % o->val_every == 0));
+           "%d threads\n", parameters(&m.layout), c->L, c->K, c->E, r.B * o->accumulate, r.T,
+           o->optimizer, thread_count());
+    int last = 0, stop = 0;
+    while (!last && !stop) {
+        double share = schedule(o, r.step), rate = o->lr * share;
+        Recipe recipe = recipe_make(o, muon, rate, (o->adam_lr > 0 ? o->adam_lr : o->lr) * share);
+        Losses s = run_batches(&r, o, r.step, &m, &a, &opt);
+        double norm = grad_norm(&m), load = worst_load(&m, &opt);
+        r.step++;
+        if (isfinite(s.total) && isfinite(norm)) {
+            optimizer_step(&opt, &m, &recipe, norm);
+            r.train_loss = isnan(r.train_loss) ? s.main : 0.95 * r.train_loss + 0.05 * s.main;
+            bad = 0;
+        } else { // nothing of it may reach the weights
+            printf("step %zu: the loss is %g and the gradient's norm %g: skipped\n", r.step,
+                   s.total, norm);
+            optimizer_skip(&opt, &m);
+            if (++bad == BAD_STEPS)
+                die(FAILED, "%d steps in a row were not finite; %s %s; try a smaller --lr",
+                    BAD_STEPS, r.saved ? "the last good state is in" : "no state is in", o->out);
+        }
+        last = r.step == o->steps;
+        stop = stop_signal || r.step == o->stop_after;
+        int validate = n_val && (last || (o->val_every && r.step % o->val_every == 0));
         if (validate) // on a part while training, on all of it at the end
             r.val_loss = text_loss(&m, r.text.bytes + r.n_train,
                                    last ? n_val : min_size(n_val, 16 * 1024 + 1), r.T);
-        fprintf(log, "%zu,%.6f,", step + 1, s.main);
+        fprintf(log, "%zu,%.6f,", r.step, s.main);
         if (validate) fprintf(log, "%.6f", r.val_loss);
-        fprintf(log, ",%.6f,%.6f,%.4f,%.6f,%.8f,%.3f\n", s.mtp, s.balance, load, norm, recipe.lr,
-                now() - r.start);
-        if (isatty(1) || last || (o->log_every && (step + 1) % o->log_every == 0))
-            run_print(&r, o, step + 1, &s, load, norm, recipe.lr);
+        fprintf(log, ",%.6f,%.6f,%.4f,%.6f,%.8f\n", s.mtp, s.balance, load, norm, rate);
+        if (isatty(1) || last || stop || (o->log_every && r.step % o->log_every == 0))
+            run_print(&r, o, &s, load, norm, rate);
+        if (last || stop || (o->save_every && r.step % o->save_every == 0))
+            run_save(&r, o, &m, &opt, log);
     }
     printf(isatty(1) ? "\n\n" : "\n");
-    if (ferror(log) | fclose(log)) die(FAILED, "%s: cannot write: %s", log_path, strerror(errno));
-    model_save(&m, o->out);
-    if (o->tokens) sample(&m, o, "\n", 0);
-    if (n_val)
-        printf("\nvalidation loss %.4f over all %zu tokens of the validation split\n", r.val_loss,
-               n_val - 1);
-    printf("trained in ");
-    print_duration(now() - r.start);
-    printf("; the model is in %s\ntry ./moe sample --model %s --prompt \"ROMEO:\"\n", o->out,
-           o->out);
+    if (ferror(log) | fclose(log))
+        die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    if (last) {
+        if (o->tokens && c->V > '\n') sample(&m, o, "\n", 0);
+        if (n_val)
+            printf("\nvalidation loss %.4f over all %zu tokens of the validation split\n",
+                   r.val_loss, n_val - 1);
+        printf("trained in ");
+        print_duration(now() - r.start);
+        printf("; the model is in %s\ntry ./moe sample --model %s --prompt \"ROMEO:\"\n", o->out,
+               o->out);
+    } else {
+        printf("stopped after step %zu of %zu, saved; go on with ./moe train --resume %s\n", r.step,
+               o->steps, o->out);
+    }
     free(r.tokens);
     free(r.text.bytes);
-    free(log_path);
     optimizer_free(&opt);
     acts_free(&a);
     model_free(&m);
-    return 0;
+    return stop_signal && !last ? 128 + stop_signal : 0;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -3523,11 +3878,22 @@ static void need_model(const Options *o)
 static int command_sample(const Options *o)
 {
     need_model(o);
-    Model m = model_load(o->model, 0);
+    Model shape;
+    memset(&shape, 0, sizeof shape);
+    shape.config = directory_config(o->model);
     if (!*o->prompt) die(BAD_INPUT, "--prompt is empty; it needs at least one character");
-    if (o->speculate && !m.config.D)
+    if (o->speculate && !shape.config.D)
         die(BAD_INPUT, "%s: has no multi-token prediction layer, which --speculate needs",
             o->model);
+    for (const char *p = o->prompt; *p; p++)
+        if ((unsigned char)*p >= shape.config.V)
+            die(BAD_INPUT, "--prompt: byte %d is outside the vocabulary of %zu", (unsigned char)*p,
+                shape.config.V);
+    Decoder plan = SAMPLE_DECODER(decoder_plan, &shape, strlen(o->prompt), o->tokens);
+    Memory memory = memory_plan(&shape.config, 0, 0, plan.arena.used);
+    decoder_free(&plan);
+    Model m = model_load(o->model, 0);
+    memory_print(stderr, &memory);
     Generation g = sample(&m, o, o->prompt, o->speculate);
     fprintf(stderr, "%zu tokens, %.0f tokens/s", g.generated,
             g.generated > 1 ? (double)(g.generated - 1) / g.seconds : 0);
@@ -3542,11 +3908,16 @@ static int command_sample(const Options *o)
 static int command_eval(const Options *o)
 {
     need_model(o);
-    Model m = model_load(o->model, 0);
-    Data text = data_load(o->data, &m.config);
+    Config c = directory_config(o->model);
+    Data text = data_load(o->data, &c);
     if (text.n < 2)
         die(BAD_INPUT, "%s: has %zu bytes; 2 are needed to predict one", o->data, text.n);
-    size_t T = min_size(sequence_length(o, &m.config), text.n - 1);
+    size_t T = min_size(sequence_length(o, &c), text.n - 1);
+    Acts plan = acts_plan(&c, min_size(EVAL_ROWS(T), (text.n - 1) / T), T, 0);
+    Memory memory = memory_plan(&c, 0, plan.arena.used, 0);
+    acts_free(&plan);
+    Model m = model_load(o->model, 0);
+    memory_print(stderr, &memory);
     printf("loss %.7f tokens %zu\n", text_loss(&m, text.bytes, text.n, T), text.n - 1);
     free(text.bytes);
     model_free(&m);
@@ -3562,28 +3933,24 @@ static void losses_print(const Losses *s, double norm)
 // Writes logits, losses and every gradient to path, under the names of the tensors.
 static void check_dump(const Model *m, const Acts *a, const Losses *s, const char *path)
 {
-    size_t n;
-    Entry *grads = entries_make(&m->layout, m->grads, "grad.", &n);
-    Entry *entry = (Entry *)host_alloc(n + 5, sizeof(Entry));
+    Entry *grads = (Entry *)host_alloc(count_entries(&m->layout), sizeof(Entry));
+    Entry *end = entries_add(grads, &m->layout, "grad.", m->grads);
+    Entry *entry = (Entry *)host_alloc((size_t)(end - grads) + 5, sizeof(Entry));
     accum *losses = (accum *)device_alloc(4 * sizeof(accum));
     accum values[4] = {(accum)s->total, (accum)s->main, (accum)s->mtp, (accum)s->balance};
     const char *const names[4] = {"loss", "loss.main", "loss.mtp", "loss.balance"};
     to_device(losses, values, sizeof values);
     size_t count = 1;
-    Entry logits = {"logits", {a->B, a->T, m->config.V}, 3,
-                    a->layer[m->config.L - 1].logits};
+    Entry logits = {"logits", {a->B, a->T, m->config.V}, 3, a->layer[m->config.L - 1].logits};
     entry[0] = logits;
     for (size_t i = 0; i < 4; i++, count++) {
         snprintf(entry[count].name, sizeof entry[count].name, "%s", names[i]);
         entry[count].shape[0] = entry[count].dims = 1;
         entry[count].data = losses + i;
     }
-    for (size_t i = 0; i < n; i++)
-        if (!strstr(grads[i].name, "e_score_correction_bias")) entry[count++] = grads[i];
-    char *directory = path_join(".", path), *slash = strrchr(directory, '/');
-    *slash = 0;
-    safetensors_save(*path == '/' ? directory + 1 : directory, slash + 1, entry, count);
-    free(directory);
+    for (Entry *e = grads; e < end; e++)
+        if (!strstr(e->name, "e_score_correction_bias")) entry[count++] = *e;
+    safetensors_save(path, "", entry, count);
     free(grads);
     free(entry);
     device_free(losses);
@@ -3591,15 +3958,19 @@ static void check_dump(const Model *m, const Acts *a, const Losses *s, const cha
 
 static int command_check(const Options *o)
 {
-    Model m = model_from_options(o, 1);
-    size_t T = sequence_length(o, &m.config), B = o->batch;
-    Data text = data_load(o->data, &m.config);
+    Config c = config_from_options(o);
+    size_t T = sequence_length(o, &c), B = o->batch;
+    Data text = data_load(o->data, &c);
     if (B == 0) die(BAD_INPUT, "--batch must be at least 1");
     if (text.n < size_mul(B, T + 1))
         die(BAD_INPUT, "%s: has %zu bytes; --batch %zu --seq %zu takes %zu", o->data, text.n, B, T,
             B * (T + 1));
     int *tokens = (int *)host_alloc(B * (T + 1), sizeof(int));
     tokens_copy(tokens, text.bytes, B * (T + 1));
+    Acts plan = acts_plan(&c, B, T, 1);
+    memory_plan(&c, 1, plan.arena.used, 0);
+    acts_free(&plan);
+    Model m = model_from_options(o, &c, 1);
     Acts a = acts_make(&m.config, B, T, 1);
     Optimizer opt = optimizer_make(&m);
     Recipe recipe = recipe_make(o, 0, o->check_lr, o->check_lr);
@@ -3643,29 +4014,6 @@ static const Command commands[] = {
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
-static const char *parse_Text(const char *name, const char *value) { (void)name; return value; }
-
-static size_t parse_Count(const char *name, const char *value)
-{
-    char *end;
-    errno = 0;
-    unsigned long long x = strtoull(value, &end, 10);
-    if (!isdigit((unsigned char)*value) || *end || errno || x > (1ull << 40))
-        die(BAD_INPUT, "--%s is '%s'; it must be a whole number, 0 or more", name, value);
-    return (size_t)x;
-}
-
-static double parse_Number(const char *name, const char *value)
-{
-    char *end;
-    double x = strtod(value, &end);
-    if (end == value || *end || !isfinite(x) || x < 0)
-        die(BAD_INPUT, "--%s is '%s'; it must be a number, 0 or more", name, value);
-    return x;
-}
-
-static int parse_Flag(const char *name, const char *value) { (void)name; return *value != 0; }
-
 static void print_help(const Command *command)
 {
     if (!command) {
@@ -3692,6 +4040,8 @@ static Options parse_options(const Command *command, int argc, char **argv)
     Options o;
 #define DEFAULT(commands, type, field, name, standard, ...) o.field = parse_##type(name, standard);
     OPTIONS(DEFAULT)
+    for (int i = 2; i + 1 < argc && command->bit == TRAIN; i++)
+        if (!strcmp(argv[i], "--resume")) options_from_state(&o, argv[i + 1]);
     for (int i = 2; i < argc; i++) {
         const char *is = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         int known = 0, is_flag = 0;
@@ -3717,6 +4067,7 @@ static Options parse_options(const Command *command, int argc, char **argv)
 #ifndef MOE_NO_MAIN
 int main(int argc, char **argv)
 {
+    signal(SIGXFSZ, SIG_IGN); // a file-size limit is then an error that a write returns
     if (argc < 2 || !strcmp(argv[1], "--help") || !strcmp(argv[1], "help")) {
         print_help(NULL);
         return argc < 2 ? BAD_INPUT : 0;

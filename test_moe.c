@@ -143,7 +143,7 @@ static Model random_model(const Config *c, int training, uint64_t seed)
 static const char *name_of(const Model *m, size_t tensor)
 {
     char name[NAME_MAX_LENGTH];
-    tensor_name(name, &m->layout.tensor[tensor], 0);
+    tensor_name(name, "", &m->layout.tensor[tensor], 0);
     return label("%s", name);
 }
 
@@ -439,6 +439,24 @@ static void test_rope_gradient(void)
     }
 }
 
+// deepseek-v3's YaRN: pairs 0 to 10 of 32 turn fast and are left alone, from 23 on they are slowed
+// down 40 times, and between the two in proportion.
+static void test_yarn(void)
+{
+    Config c = config_preset(DEEPSEEK_V3);
+    c.yarn_mscale_all_dim = 0.5;
+    real *table = (real *)keep(rope_table(&c, 2));
+    double m = 0.05 * log(40) + 1;
+    for (size_t j = 0; j < 32; j++) {
+        double share = fmin(fmax(((double)j - 10) / 13, 0), 1);
+        double angle = pow(10000, -(double)j / 32) * (1 - share + share / 40);
+        const real *at = table + 64 + 2 * j; // of position 1
+        near(atan2(at[1], at[0]), angle, 1e-9, label("angle %zu", j));
+        near(hypot(at[0], at[1]), (0.1 * log(40) + 1) / m, 1e-12, "length");
+    }
+    near(attention_scale(&c), m * m / sqrt(192), 1e-12, "scale");
+}
+
 static void attention_op(Op *o)
 {
     const size_t *s = o->s;
@@ -523,6 +541,7 @@ static void test_router_gradient(void)
         Op o = op_make(router_op, z, N * (K + E), N * C, E * C, 0);
         o.index[0] = (int *)room(N * K, sizeof(int));
         o.saved[0] = random_reals(E, 77);
+        for (size_t e = 0; e < E; e++) o.saved[0][e] = 2 * o.saved[0][e] - 1; // some scores below 0
         for (size_t j = 0; j < E * C && z[7]; j++) o.x[1][j] = o.saved[0][j / C] = 0;
         o.zero[0] = (int)z[7];
         router_op(&o);
@@ -811,6 +830,72 @@ static void test_model_gradient_t1(void)
         model_free(&m);
     }
     EXPECT(loss[0] == loss[1], "the loss is %.9g, without MTP %.9g", loss[0], loss[1]);
+}
+
+// Depth k of multi-token prediction is to tell token i + k + 1 from i + k and those before, and
+// counts in the loss as section 2.2 of [V3] has it.
+static void test_mtp_depths(void)
+{
+    enum { B = 2, T = 6 };
+    Config c = small_config();
+    Model m = random_model(&c, 1, 18);
+    Acts a = acts_make(&c, B, T, 1);
+    int *text = random_ints(B * (T + 1), c.V, 19);
+    double mean[3] = {0, 0, 0}, balance = 0; // over depths 1, 2
+    acts_load(&a, text);
+    model_forward(&m, &a);
+    for (size_t k = 0; k < 3; k++)
+        for (size_t b = 0; b < B; b++)
+            for (size_t t = 0; t < T - k; t++) {
+                size_t at = b * (T - k) + t, from = b * (T + 1) + t + k;
+                const real *z = a.layer[c.L - 1 + k].logits + at * c.V;
+                double sum = 0;
+                for (size_t v = 0; v < c.V; v++) sum += exp(z[v]);
+                mean[k] += (log(sum) - z[text[from + 1]]) / (B * T);
+                EXPECT(a.batch[k].token[at] == text[from] && a.batch[k].pos[at] == (int)t,
+                       "depth %zu, token %zu", k, t);
+            }
+    for (size_t l = c.dense; l < layers(&c); l++)
+        for (size_t b = 0; b < B; b++) balance += a.layer[l].balance[b] / B;
+    Losses s = model_losses(&m, &a);
+    near(s.main, mean[0], 1e-12, "main loss");
+    near(s.mtp, (mean[1] + mean[2]) / 2, 1e-12, "MTP loss");
+    near(s.balance, balance, 1e-12, "balance loss");
+    near(s.total, s.main + 0.3 * s.mtp + 0.1 * s.balance, 1e-12, "loss");
+    acts_free(&a);
+    model_free(&m);
+}
+
+// deepseek-v3 has as many parameters as were released, 671B; and initial weights are what they say.
+static void test_parameters(void)
+{
+    Config c = config_preset(DEEPSEEK_V3), d = config_preset(LAPTOP);
+    Layout v3 = layout_make(&c);
+    size_t count = 0;
+    for (size_t i = 0; i < v3.tensors; i++)
+        if (v3.tensor[i].layer < (int)c.L) count += tensor_size(&v3.tensor[i]);
+    EXPECT(count == 671026419200, "deepseek-v3 has %zu parameters", count);
+    free(v3.tensor);
+    Model m = model_make(&d, 0), n = model_make(&d, 0);
+    model_init(&m, 1);
+    model_init(&n, 2);
+    for (size_t i = 0; i < m.layout.tensors; i++) {
+        const Tensor *t = &m.layout.tensor[i];
+        size_t size = tensor_size(t);
+        const real *x = m.weights + t->offset;
+        double sum = 0, rms = norm_of(x, size) / sqrt((double)size), one = t->kind == NORM;
+        for (size_t j = 0; j < size; j++) sum += x[j];
+        if (t->kind == NORM || t->kind == ROUTER_BIAS) {
+            EXPECT(rms == one && sum == one * (double)size, "%s begins elsewhere", name_of(&m, i));
+        } else { // normal: within 5 standard deviations
+            EXPECT(fabs(sum) < 5 * 0.02 * sqrt((double)size), "%s: sum %g", name_of(&m, i), sum);
+            EXPECT(fabs(rms / 0.02 - 1) < 5 / sqrt(2 * (double)size), "%s: rms %g", name_of(&m, i),
+                   rms);
+            EXPECT(x[0] != n.weights[t->offset], "%s: the seed does not matter", name_of(&m, i));
+        }
+    }
+    model_free(&m);
+    model_free(&n);
 }
 
 // Gradients add up from pass to pass, and take the scale.
@@ -1197,7 +1282,7 @@ static void golden_case(size_t which)
         size_t n = t->rows * t->cols;
         for (size_t j = 0; j < tensor_size(t); j++) {
             char name[NAME_MAX_LENGTH];
-            tensor_name(name, t, j / n);
+            tensor_name(name, "", t, j / n);
             m.weights[t->offset + j] = golden_weight(name, j % n, t->cols);
         }
     }
@@ -1807,8 +1892,8 @@ static void test_json(void)
 {
     const char *source = "\t{\"a\": -0.5e+2, \"b\" :[0, 1E3,-0.0 , 12345678901234567890, 3.25e-2],"
         "\r\n\"s\":\"q\\\"\\\\\\/\\b\\f\\n\\r\\t\\u0041\\u00e9\\u20AC\\ud83d\\uDE00\","
-        "\"\\u0061b\":\"\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\", \"n\":null,\"t\":true,\"f\":false,\"o\":{},"
-        "\"e\":[ ],\"o2\":{\"x\":{\"y\":[[1,2],{\"z\":\"\"}]}}} \n";
+        "\"\\u0061b\":\"\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\", \"n\":null,\"t\":true,\"f\":false,"
+        "\"o\":{},\"e\":[ ],\"o2\":{\"x\":{\"y\":[[1,2],{\"z\":\"\"}]}}} \n";
     char *text = (char *)room(strlen(source) + 1, 1);
     memcpy(text, source, strlen(source));
     Json *j = json_parse("test", text, strlen(source));
@@ -1910,6 +1995,14 @@ static Parts read_parts(const char *path, const char *name)
     return p;
 }
 
+static Entry *list_entries(const Layout *layout, const accum *data, const char *prefix, size_t *n)
+{
+    *n = count_entries(layout);
+    Entry *e = (Entry *)room(*n, sizeof(Entry));
+    entries_add(e, layout, prefix, data);
+    return e;
+}
+
 // Writes random codes as the model's tensors, dealt out to so many shards, with an index if there
 // are several, and as released files have it a copy of the embedding. expected: what they mean.
 static void write_codes(const Model *m, const char *path, int dtype, size_t shards, real *expected)
@@ -1917,7 +2010,7 @@ static void write_codes(const Model *m, const char *path, int dtype, size_t shar
     static const int exponent_bits[DTYPES] = {8, 8, 5}, mantissa_bits[DTYPES] = {23, 7, 10};
     const int M = mantissa_bits[dtype], bits = exponent_bits[dtype] + M;
     size_t n, bytes = dtype == F32 ? 4 : 2, mapped = 0;
-    Entry *e = (Entry *)keep(entries_make(&m->layout, m->weights, "", &n));
+    Entry *e = list_entries(&m->layout, m->weights, "", &n);
     char *index = (char *)room(1 << 16, 1), file[64];
     make_directory(path);
     config_save(&m->config, path);
@@ -2235,7 +2328,7 @@ static void test_command_line_errors(void)
     REFUSED("prompt", "train", "prompt");
     REFUSED("--speculate", "train", "--speculate"); // sample's
     REFUSED("--steps", "train", "--steps");
-    static const char *const bad[] = {"x", "", "-1", "nan", "3x", "1e999", "1.5", "9999999999999999"};
+    static const char *const bad[] = {"x", "", "-1", "nan", "3x", "1e999", "1.5", "9999999999999"};
     for (size_t i = 0; i < 8; i++) REFUSED("--steps", "train", "--steps", bad[i]);
     for (size_t i = 0; i < 6; i++) REFUSED("--lr", "train", "--lr", bad[i]);
     REFUSED("--data", "train", "--config", config);
@@ -2303,7 +2396,7 @@ static void test_train_and_use(void)
         *end = 0;
         EXPECT(sscanf(row, "%zu,%lf,", &step, &last) == 2 && step == ++rows, "log.csv: '%s'", row);
         for (char *s = row; *s; s++) commas += *s == ',';
-        EXPECT(commas == 8, "log.csv: '%s'", row);
+        EXPECT(commas == 7, "log.csv: '%s'", row);
         validated += !strstr(row, ",,");
         if (rows == 1) first = last;
     }
@@ -2378,7 +2471,7 @@ static void test_check_dump(void)
                       {"loss", {1}, 1, loss}, {"loss.main", {1}, 1, loss + 1},
                       {"loss.mtp", {1}, 1, loss + 2}, {"loss.balance", {1}, 1, loss + 3}};
     size_t n, count = 6; // with __metadata__
-    Entry *grads = (Entry *)keep(entries_make(&m.layout, m.grads, "grad.", &n));
+    Entry *grads = list_entries(&m.layout, m.grads, "grad.", &n);
     for (size_t i = 0; i < 5; i++) expect_dumped(header, p, &others[i]);
     for (size_t i = 0; i < n; i++) {
         if (strstr(grads[i].name, "e_score_correction_bias")) continue; // not trained by gradient
@@ -2410,11 +2503,11 @@ typedef struct {
 static const Test tests[] = {
 #ifdef MOE_DOUBLE
     TEST(matmul_gradient) TEST(rmsnorm_gradient) TEST(swiglu_gradient)
-    TEST(embedding_crop_gradient) TEST(rope_gradient) TEST(attention_gradient)
+    TEST(embedding_crop_gradient) TEST(rope_gradient) TEST(yarn) TEST(attention_gradient)
     TEST(router_gradient) TEST(balance_gradient) TEST(dispatch_combine_gradient)
     TEST(cross_entropy_gradient) TEST(model_gradient) TEST(model_gradient_routing)
-    TEST(model_gradient_t1) TEST(model_gradient_accumulates) TEST(broken_backward_is_seen)
-    TEST(golden_weights)
+    TEST(model_gradient_t1) TEST(mtp_depths) TEST(parameters) TEST(model_gradient_accumulates)
+    TEST(broken_backward_is_seen) TEST(golden_weights)
 #else
     TEST(gemm) TEST(gemm_bits) TEST(fast_exp) TEST(threads_same_bits)
 #endif
