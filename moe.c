@@ -191,7 +191,7 @@ static int thread_count(void)
     X(G,         n_group,                  1 << 16,    1,      1,      8) /* groups of experts */ \
     X(KG,        topk_group,               1 << 16,    1,      1,      4) /* groups kept */ \
     X(norm_topk, norm_topk_prob,                 1,    1,      1,      1) \
-    X(D,         num_nextn_predict_layers,      64,    1,      0,      1) /* MTP depths */ \
+    X(D,         num_nextn_predict_layers,      64,    0,      0,      1) /* MTP depths */ \
     X(Tmax,      max_position_embeddings,  1 << 24,  128,   8192, 163840)
 
 #define CONFIG_REALS(X) \
@@ -219,20 +219,21 @@ typedef struct {
     CONFIG_YARN(DOUBLE_FIELD)
 } Config;
 
-enum { LAPTOP, MOONLIGHT, DEEPSEEK_V3, PRESETS };
-static const char *const preset_names[PRESETS] = {"laptop", "moonlight-16b", "deepseek-v3"};
+enum { LAPTOP, MOONLIGHT, DEEPSEEK_V3, LAPTOP_MTP, PRESETS };
+static const char *const preset_names[PRESETS] = {"laptop", "moonlight-16b", "deepseek-v3",
+                                                  "laptop-mtp"};
 
 static Config config_preset(int preset)
 {
     Config c;
-#define PRESET_SIZE(symbol, key, most, laptop, moonlight, v3) \
-    c.symbol = preset == LAPTOP ? laptop : preset == MOONLIGHT ? moonlight : v3;
+#define PRESET_SIZE(symbol, key, most, ...) PRESET_REAL(symbol, key, __VA_ARGS__)
 #define PRESET_REAL(symbol, key, laptop, moonlight, v3) \
-    c.symbol = preset == LAPTOP ? laptop : preset == MOONLIGHT ? moonlight : v3;
+    c.symbol = preset == MOONLIGHT ? moonlight : preset == DEEPSEEK_V3 ? v3 : laptop;
 #define PRESET_YARN(symbol, key, v3) c.symbol = preset == DEEPSEEK_V3 ? v3 : 0;
     CONFIG_SIZES(PRESET_SIZE)
     CONFIG_REALS(PRESET_REAL)
     CONFIG_YARN(PRESET_YARN)
+    if (preset == LAPTOP_MTP) c.D = 1; // the laptop's, and a multi-token prediction layer
     return c;
 }
 
@@ -3256,25 +3257,24 @@ enum {
 #define OPTIONS(X) \
     X(MOST, Text, model, "model", "", "DIR", "model directory to start from") \
     X(TRAIN | CHECK, Text, config, "config", "laptop", "FILE", \
-      "new model: a config.json, laptop, moonlight-16b or deepseek-v3") \
+      "new model: a config.json, laptop, laptop-mtp, moonlight-16b, deepseek-v3") \
     X(RUN | EVAL | CHECK, Text, data, "data", "", "FILE", "text to read") \
     X(TRAIN, Text, out, "out", "out/model", "DIR", "where the trained model goes") \
     X(TRAIN, Text, resume, "resume", "", "DIR", "go on with the run that was saved there") \
     X(TRAIN, Count, stop_after, "stop-after", "0", "K", "end after step K, saving; 0: do not") \
     X(RUN, Count, save_every, "save-every", "200", "N", "steps between saves; 0: at the end") \
     X(CHECK, Text, dump, "dump", "", "FILE", "write logits, losses and gradients there") \
-    X(RUN, Count, steps, "steps", "850", "N", "steps to train") \
+    X(RUN, Count, steps, "steps", "840", "N", "steps to train") \
     X(CHECK, Count, check_steps, "steps", "0", "N", "AdamW steps to take on the batch") \
-    X(RUN | CHECK, Count, batch, "batch", "16", "B", "sequences at once") \
+    X(RUN | CHECK, Count, batch, "batch", "8", "B", "sequences at once") \
     X(RUN | EVAL | CHECK, Count, seq, "seq", "0", "T", \
       "tokens of a sequence; 0: max_position_embeddings") \
     X(RUN, Count, accumulate, "accumulate", "1", "N", "batches whose gradients make one step") \
     X(RUN, Text, optimizer, "optimizer", "muon", "NAME", \
       "muon (hidden matrices; AdamW for the rest) or adamw") \
-    X(RUN, Number, lr, "lr", "0.01", "X", "peak learning rate") \
+    X(RUN, Number, lr, "lr", "0.005", "X", "peak learning rate") \
     X(CHECK, Number, check_lr, "lr", "0.001", "X", "learning rate of --steps") \
-    X(RUN, Number, adam_lr, "adam-lr", "0", "X", \
-      "beside muon, peak learning rate of AdamW; 0: --lr") \
+    X(RUN, Number, adam_lr, "adam-lr", "0.02", "X", "beside muon, AdamW's peak learning rate") \
     X(RUN, Count, warmup, "warmup", "20", "N", "steps of linear warm-up") \
     X(RUN, Number, hold, "hold", "0", "X", \
       "share of the steps at the peak, then the cosine; V3: 0.68") \
@@ -3284,7 +3284,9 @@ enum {
     X(RUN | CHECK, Number, decay, "weight-decay", "0.1", "X", "decoupled weight decay") \
     X(RUN | CHECK, Number, clip, "clip", "1", "X", "global gradient norm; 0: no clipping") \
     X(RUN, Number, momentum, "momentum", "0.95", "X", "Muon's momentum") \
-    X(RUN | CHECK, Number, bias_speed, "bias-speed", "0.001", "X", "step of the routers' bias") \
+    X(RUN, Number, bias_speed, "bias-speed", "0.02", "X", \
+      "step of the routers' bias; V3, in many more steps: 0.001") \
+    X(CHECK, Number, check_bias_speed, "bias-speed", "0.001", "X", "step of the routers' bias") \
     X(RUN, Number, val_share, "val-share", "0.1", "X", \
       "last part of the text, kept for validation") \
     X(RUN, Count, val_every, "val-every", "100", "N", \
@@ -3573,10 +3575,10 @@ typedef struct {
     size_t first_step;
 } Run;
 
-static Recipe recipe_make(const Options *o, int muon, double lr, double adam_lr)
+static Recipe recipe_make(const Options *o, int muon, double lr, double adam_lr, double bias_speed)
 {
     Recipe r = {muon, lr, adam_lr, o->beta1, o->beta2, 1e-8, o->decay, o->clip, o->momentum,
-                o->bias_speed};
+                bias_speed};
     return r;
 }
 
@@ -3813,7 +3815,8 @@ static int command_train(const Options *o)
     int last = 0, stop = 0;
     while (!last && !stop) {
         double share = schedule(o, r.step), rate = o->lr * share;
-        Recipe recipe = recipe_make(o, muon, rate, (o->adam_lr > 0 ? o->adam_lr : o->lr) * share);
+        Recipe recipe = recipe_make(o, muon, rate, (muon ? o->adam_lr : o->lr) * share,
+                                    o->bias_speed);
         Losses s = run_batches(&r, o, r.step, &m, &a, &opt);
         double norm = grad_norm(&m), load = worst_load(&m, &opt);
         r.step++;
@@ -3973,7 +3976,7 @@ static int command_check(const Options *o)
     Model m = model_from_options(o, &c, 1);
     Acts a = acts_make(&m.config, B, T, 1);
     Optimizer opt = optimizer_make(&m);
-    Recipe recipe = recipe_make(o, 0, o->check_lr, o->check_lr);
+    Recipe recipe = recipe_make(o, 0, o->check_lr, o->check_lr, o->check_bias_speed);
     acts_load(&a, tokens);
     for (size_t step = 0; step <= o->check_steps; step++) {
         model_forward(&m, &a);

@@ -1636,16 +1636,35 @@ static void test_window(void)
     model_free(&m);
 }
 
-static int emitted[1000];
+enum { PROMPT = 13, COUNT = 90 }; // tokens given and generated
+static int emitted[COUNT];
 static size_t emits;
 
-static void emit(int token) { emitted[emits++] = token; }
+static void emit(int token) { emitted[emits++ % COUNT] = token; }
+
+// How many drafts must have come true while this text was generated: the drafts are what the first
+// MTP depth of a forward pass finds likeliest.
+static size_t drafts_right(const Model *m, const int *text)
+{
+    const Config *c = &m->config;
+    size_t right = 0;
+    Acts a = acts_make(c, 1, PROMPT + COUNT - 1, 1);
+    acts_load(&a, text);
+    model_forward(m, &a);
+    for (size_t i = PROMPT + 1; i + 1 < PROMPT + COUNT; i++) { // token i may be drafted
+        const real *z = a.layer[c->L].logits + (i - 2) * c->V;
+        int draft = 0;
+        for (int v = 0; v < (int)c->V; v++) draft = z[v] > z[draft] ? v : draft;
+        if (draft == text[i]) right++, i++; // then token i + 1 comes with it
+    }
+    acts_free(&a);
+    return right;
+}
 
 // Generates with and without speculation: the same text, also where the window has moved on.
 // Returns how many drafts were accepted.
 static size_t check_generate(const Model *m, double temperature, size_t window, const char *what)
 {
-    enum { PROMPT = 13, COUNT = 90 };
     size_t accepted = 0;
     Sampler s = {temperature, 0, 1, 5};
     int *prompt = random_ints(PROMPT, m->config.V, 41), first[PROMPT + COUNT];
@@ -1668,6 +1687,8 @@ static size_t check_generate(const Model *m, double temperature, size_t window, 
                    "speculate is %d and rows %zu", what, window, speculate, rows);
             accepted = g.accepted;
         }
+    size_t right = window < PROMPT + COUNT ? accepted : drafts_right(m, first);
+    EXPECT(accepted == right, "%s: %zu drafts accepted, %zu were right", what, accepted, right);
     return accepted;
 }
 
@@ -2138,7 +2159,10 @@ static void test_damaged_weights(void)
         write_file(path, bytes, cut[i]);
         expect_error(2, bad, eval);
     }
-    bytes[7] = 0x7F; // a header of 2^62 bytes
+    for (int i = 0; i < 8; i++) bytes[i] = (char)((n - 7) >> 8 * i); // a byte too long a header
+    write_file(path, bytes, n);
+    expect_error(2, "a header of", eval);
+    bytes[7] = 0x7F; // and one of 2^62 bytes
     write_file(path, bytes, n);
     expect_error(2, "a header of", eval);
     remove(path);
@@ -2375,22 +2399,31 @@ static void test_help(void)
 static void test_train_and_use(void)
 {
     Config c = trainable_config();
-    char *config = in_directory("config.json"), *out[2], *weights[2];
-    size_t n[2], rows = 0, validated = 0, tokens = 0;
+    char *config = in_directory("config.json"), *out[3], *weights[3], *logs[3];
+    size_t n[3], m[3], rows = 0, validated = 0, tokens = 0;
     config_save(&c, directory);
-    for (int i = 0; i < 2; i++) {
-        out[i] = in_directory(i ? "trained/again" : "trained");
+    for (int i = 0; i < 3; i++) { // twice the same run, and once with a break
+        out[i] = in_directory(label("trained/%d", i));
         Ran r = expect_success(ARGS("train", "--config", config, "--data", excerpt, "--out", out[i],
                                     "--steps", "30", "--batch", "4", "--lr", "0.02", "--warmup",
-                                    "3", "--val-every", "10", "--val-share", "0.02"));
+                                    "3", "--val-every", "10", "--val-share", "0.02",
+                                    i == 2 ? "--stop-after" : NULL, "17"));
+        if (i == 2) r = expect_success(ARGS("train", "--resume", out[i]));
         REQUIRE(r.status == 0, "no model to go on with");
         EXPECT(strstr(r.out, "validation loss"), "no validation loss in '%s'", r.out);
         weights[i] = file_text(in_path(out[i], "model.safetensors"), &n[i]);
+        logs[i] = file_text(in_path(out[i], "log.csv"), &m[i]);
+        EXPECT(n[i] == n[0] && !memcmp(weights[i], weights[0], n[0]), "run %d: another model", i);
+        EXPECT(m[i] == m[0] && !memcmp(logs[i], logs[0], m[0]), "run %d: another log", i);
     }
-    EXPECT(n[0] == n[1] && !memcmp(weights[0], weights[1], n[0]), "the same run, another model");
+    char *blocked = in_path(out[1], "model.safetensors.tmp"), *whole;
+    make_directory(blocked); // so that it cannot be saved: the old one must stay
+    expect_error(2, blocked, ARGS("train", "--resume", out[1], "--steps", "31"));
+    whole = file_text(in_path(out[1], "model.safetensors"), &n[1]);
+    EXPECT(n[1] == n[0] && !memcmp(whole, weights[0], n[0]), "a failed save left another model");
 
-    double first = 0, last = 0, loss = 0; // of the rows step,loss,val_loss and six more
-    char *row = strchr(file_text(in_path(out[0], "log.csv"), n), '\n') + 1, *end;
+    double first = 0, last = 0, loss = 0; // of the rows step,loss,val_loss and five more
+    char *row = strchr(logs[0], '\n') + 1, *end;
     for (; (end = strchr(row, '\n')); row = end + 1) {
         size_t step = 0, commas = 0;
         *end = 0;
