@@ -1591,7 +1591,7 @@ static Acts acts_plan(const Config *c, size_t B, size_t T, int training)
     Acts a;
     memset(&a, 0, sizeof a);
     a.training = training;
-    a.depths = training ? c->D : 0;
+    a.depths = training ? min_size(c->D, T - 1) : 0; // depth k needs T > k
     a.B = B;
     a.T = T;
     a.layer = (LayerActs *)host_alloc(c->L + a.depths, sizeof(LayerActs));
@@ -2396,7 +2396,7 @@ static Generation generate(Decoder *s, const Sampler *sampler, int *text, size_t
             decode_mtp(s, text + first + 1, n);
             to_host(logits, s->a.logits + (n - 1) * V, V * sizeof(real));
             Sampler likeliest = {0, 0, 1, 0};
-            draft = sample_token(&likeliest, logits, V, 0);
+            draft = done + 1 == length ? sample_token(&likeliest, logits, V, 0) : -1;
         }
     }
     g.generated = length - prompt;
@@ -2848,6 +2848,14 @@ typedef struct {
     const accum *data; // device memory
 } Entry;
 
+// "rows,columns"
+static void shape_text(char text[64], const size_t *shape, size_t dims)
+{
+    int n = 0;
+    for (size_t d = 0; d < dims; d++)
+        n += snprintf(text + n, (size_t)(64 - n), "%s%zu", d ? "," : "", shape[d]);
+}
+
 static size_t entry_size(const Entry *e)
 {
     size_t n = 1;
@@ -2864,9 +2872,8 @@ static void safetensors_save(const char *path, const char *metadata, const Entry
     for (size_t i = 0; i < n; i++) {
         const Entry *e = &entry[i];
         size_t size = entry_size(e);
-        char shape[80] = "";
-        for (size_t d = 0, k = 0; d < e->dims; d++)
-            k += (size_t)snprintf(shape + k, sizeof shape - k, "%s%zu", d ? "," : "", e->shape[d]);
+        char shape[64];
+        shape_text(shape, e->shape, e->dims);
         length += (size_t)snprintf(header + length, room - length, ",\"%s\":{\"dtype\":\"F32\","
                                    "\"shape\":[%s],\"data_offsets\":[%zu,%zu]}", e->name, shape, at,
                                    at + 4 * size);
@@ -3057,7 +3064,8 @@ static int compare_places(const void *x, const void *y)
 {
     const Stored *a = (const Stored *)x, *b = (const Stored *)y;
     if (a->shard != b->shard) return a->shard < b->shard ? -1 : 1;
-    return a->begin < b->begin ? -1 : a->begin > b->begin;
+    if (a->begin != b->begin) return a->begin < b->begin ? -1 : 1;
+    return a->end < b->end ? -1 : a->end > b->end;
 }
 
 // Every tensor of the shards, sorted by name. Data must fill a file without gap or overlap.
@@ -3200,10 +3208,13 @@ static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *pre
                 die(BAD_INPUT, "%s: %s: is missing, though config.json calls for it", c->directory,
                     name);
             size_t shape[2] = {dims == 1 ? t->cols : t->rows, dims == 1 ? 0 : t->cols};
-            if (s->dims != dims || s->shape[0] != shape[0] || s->shape[1] != shape[1])
-                die(BAD_INPUT, "%s: %s: has shape [%zu, %zu], expected [%zu, %zu] (0: no such "
-                    "dimension)", s->shard->path, name, s->shape[0], s->shape[1], shape[0],
-                    shape[1]);
+            if (s->dims != dims || s->shape[0] != shape[0] || s->shape[1] != shape[1]) {
+                char is[64], expected[64];
+                shape_text(is, s->shape, s->dims);
+                shape_text(expected, shape, dims);
+                die(BAD_INPUT, "%s: %s: has shape [%s], expected [%s]", s->shard->path, name, is,
+                    expected);
+            }
             stored_read(s, host, n);
             to_device(to + t->offset + k * n, host, n * sizeof(accum));
             s->used = 1;

@@ -2102,7 +2102,9 @@ static void test_damaged_weights(void)
     char *good = saved_model("good"), *bad = saved_model("bad"), end[80], more[100];
     char *path = in_path(bad, "model.safetensors");
     char *index = in_path(bad, "model.safetensors.index.json");
-    const char *const *eval = ARGS("eval", "--model", bad, "--data", excerpt);
+    char *text = in_directory("text");
+    const char *const *eval = ARGS("eval", "--model", bad, "--data", text);
+    write_text(text, "What is aught, but as 'tis valued?\n");
     Parts whole = read_parts(good, "model.safetensors");
     snprintf(end, sizeof end, ",%zu]}}", whole.n);
     snprintf(more, sizeof more, ",%zu]},\"more\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":"
@@ -2594,6 +2596,8 @@ void run_double_tests(char **names, int list, int *passed, int *failed, int *fou
     run_tests(names, list, passed, failed, found);
 }
 #else
+static void clean_up(void) { remove_all(directory); }
+
 int main(int argc, char **argv)
 {
     int passed = 0, failed = 0, found = 0, list = argc > 1 && !strcmp(argv[1], "--list");
@@ -2601,10 +2605,10 @@ int main(int argc, char **argv)
     const char *where = getenv("TMPDIR") && *getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
     snprintf(directory, sizeof directory, "%s/test_moe.XXXXXX", where);
     if (!list && !mkdtemp(directory)) die(FAILED, "%s: %s", directory, strerror(errno));
+    if (!list) atexit(clean_up);
     run_double_tests(names, list, &passed, &failed, &found);
     run_tests(names, list, &passed, &failed, &found);
     if (list) return 0;
-    remove_all(directory);
     if (found < argc - 1) die(BAD_INPUT, "only %d of these are tests; --list prints all", found);
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
