@@ -73,19 +73,26 @@ typedef float accum;
 #define THREAD_LOCAL _Thread_local
 #endif
 
+#ifndef MOE_EXIT // the fuzz target goes on instead
+#define MOE_EXIT exit
+#endif
+
+// Ends the program with one line, whatever control characters stand in a file's names.
 #if defined __GNUC__
 __attribute__((noreturn, format(printf, 2, 3)))
 #endif
 static void die(int status, const char *format, ...)
 {
+    char text[2048];
     va_list args;
     va_start(args, format);
-    fflush(stdout);
-    fputs("moe: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    exit(status);
+    for (char *s = text; *s; s++)
+        if (iscntrl((unsigned char)*s)) *s = '?';
+    fflush(stdout);
+    fprintf(stderr, "moe: %s\n", text);
+    MOE_EXIT(status);
 }
 
 enum { FAILED = 1, BAD_INPUT = 2 };  // exit statuses
@@ -2408,18 +2415,26 @@ static Generation generate(Decoder *s, const Sampler *sampler, int *text, size_t
 // ------------------------------------------------------------------------------------------------
 // 8  Files
 
+// Opens a regular file; opening a pipe could wait for ever.
+static FILE *open_file(const char *path, size_t *size)
+{
+    struct stat st;
+    FILE *f = NULL;
+    if (!stat(path, &st)) {
+        if (!S_ISREG(st.st_mode)) die(BAD_INPUT, "%s: not a regular file", path);
+        f = fopen(path, "rb");
+    }
+    if (!f) die(BAD_INPUT, "%s: cannot open: %s", path, strerror(errno));
+    *size = (size_t)st.st_size;
+    return f;
+}
+
 // The whole file, with a 0 after it; at most `most` bytes.
 static char *read_file(const char *path, size_t *size, size_t most)
 {
-    FILE *f = fopen(path, "rb");
-    if (!f) die(BAD_INPUT, "%s: cannot open: %s", path, strerror(errno));
-    struct stat st;
-    if (fstat(fileno(f), &st)) die(BAD_INPUT, "%s: cannot stat: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode)) die(BAD_INPUT, "%s: not a regular file", path);
-    if ((uint64_t)st.st_size > most)
-        die(BAD_INPUT, "%s: %lld bytes is too large; at most %zu are taken", path,
-            (long long)st.st_size, most);
-    *size = (size_t)st.st_size;
+    FILE *f = open_file(path, size);
+    if (*size > most)
+        die(BAD_INPUT, "%s: %zu bytes is too large; at most %zu are taken", path, *size, most);
     char *data = (char *)host_alloc(*size + 1, 1);
     if (fread(data, 1, *size, f) != *size)
         die(BAD_INPUT, "%s: cannot read: %s", path, ferror(f) ? strerror(errno) : "it got shorter");
@@ -2436,7 +2451,7 @@ static char *path_join(const char *directory, const char *name)
 }
 
 // JSON, strictly as RFC 8259 has it, at most JSON_DEPTH deep, no key twice. A string's text lies in
-// the parsed buffer, its escapes replaced and a 0 after it.
+// the parsed buffer, its escapes replaced and a 0 after it; all values lie in one array.
 enum { JSON_DEPTH = 32 };
 enum JsonType {
     JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT
@@ -2453,6 +2468,7 @@ typedef struct Json {
 typedef struct {
     const char *file;
     char *begin, *at, *end; // *end is 0
+    Json *next;             // unused value
 } Parser;
 
 static void json_fail(const Parser *p, const char *what)
@@ -2589,7 +2605,7 @@ static void json_unique_keys(const Parser *p, const Json *object)
 
 static Json *json_value(Parser *p, int depth)
 {
-    Json *j = (Json *)host_alloc(1, sizeof(Json));
+    Json *j = p->next++;
     if (depth > JSON_DEPTH) json_fail(p, "nested too deeply");
     if (*p->at == '{' || *p->at == '[') {
         char close = *p->at == '{' ? '}' : ']';
@@ -2632,26 +2648,18 @@ static Json *json_value(Parser *p, int depth)
     return j;
 }
 
-// Parses text[0 .. size), which a 0 follows; file is named in errors.
+// Parses text[0 .. size), which a 0 follows; file is named in errors. One free() frees it all.
 static Json *json_parse(const char *file, char *text, size_t size)
 {
-    Parser p = {file, text, text, text + size};
+    size_t most = 1; // each value but the first follows one of these
+    for (size_t i = 0; i < size; i++) most += text[i] == ',' || text[i] == '[' || text[i] == '{';
+    Parser p = {file, text, text, text + size, (Json *)host_alloc(most, sizeof(Json))};
     json_space(&p);
     Json *j = json_value(&p, 0);
     json_space(&p);
     if (p.at != p.end) json_fail(&p, "something follows the value");
     if (j->type != JSON_OBJECT) die(BAD_INPUT, "%s: expected a JSON object", file);
     return j;
-}
-
-static void json_free(Json *j)
-{
-    while (j) {
-        Json *next = j->next;
-        json_free(j->child);
-        free(j);
-        j = next;
-    }
 }
 
 static const Json *json_get(const Json *object, const char *key)
@@ -2663,7 +2671,6 @@ static const Json *json_get(const Json *object, const char *key)
 
 static double config_number(const Json *j, const char *file, const char *key)
 {
-    if (j->type == JSON_TRUE || j->type == JSON_FALSE) return j->type == JSON_TRUE;
     if (j->type == JSON_NULL) return 0; // "q_lora_rank": null
     if (j->type != JSON_NUMBER) die(BAD_INPUT, "%s: %s must be a number", file, key);
     return j->number;
@@ -2675,6 +2682,8 @@ static size_t config_size(const Json *object, const char *file, const char *key,
 {
     const Json *j = json_get(object, key);
     if (!j && !absent) die(BAD_INPUT, "%s: %s is missing", file, key);
+    if (j && most == 1 && (j->type == JSON_TRUE || j->type == JSON_FALSE))
+        return j->type == JSON_TRUE;
     double x = j ? config_number(j, file, key) : (double)*absent;
     if (!(x >= 0 && x <= most && x == floor(x)))
         die(BAD_INPUT, "%s: %s is %g; it must be a whole number from 0 to %d", file, key, x, most);
@@ -2691,6 +2700,8 @@ static void config_expect(const Json *object, const char *file, const char *key,
     if (strcmp(is, value))
         die(BAD_INPUT, "%s: %s is %s; this program knows only %s", file, key, is, value);
 }
+
+enum { FP8_BLOCK = 128 }; // rows, and columns, that share a scale: [V3] 3.3.2
 
 static Config config_from_json(const Json *j, const char *file)
 {
@@ -2722,6 +2733,18 @@ static Config config_from_json(const Json *j, const char *file)
     config_expect(j, file, "hidden_act", "silu");
     config_expect(j, file, "attention_bias", "false");
     config_expect(j, file, "tie_word_embeddings", "false");
+    const Json *fp8 = json_get(j, "quantization_config"); // how stored_read takes FP8 weights
+    if (fp8 && fp8->type == JSON_OBJECT) {
+        const Json *block = json_get(fp8, "weight_block_size");
+        config_expect(fp8, file, "quant_method", "fp8");
+        config_expect(fp8, file, "fmt", "e4m3");
+        if (!block || block->length != 2 || block->child->number != FP8_BLOCK ||
+            block->child->next->number != FP8_BLOCK)
+            die(BAD_INPUT, "%s: quantization_config: weight_block_size must be [%d, %d]", file,
+                FP8_BLOCK, FP8_BLOCK);
+    } else if (fp8 && fp8->type != JSON_NULL) {
+        die(BAD_INPUT, "%s: quantization_config must be an object", file);
+    }
     const Json *heads = json_get(j, "num_key_value_heads"), *freq = json_get(j, "moe_layer_freq");
     if (heads && config_number(heads, file, "num_key_value_heads") != (double)c.NH)
         die(BAD_INPUT, "%s: num_key_value_heads must equal num_attention_heads, %zu", file, c.NH);
@@ -2737,7 +2760,7 @@ static Config config_load(const char *path)
     char *text = read_file(path, &size, 1 << 20);
     Json *j = json_parse(path, text, size);
     Config c = config_from_json(j, path);
-    json_free(j);
+    free(j);
     free(text);
     return c;
 }
@@ -2951,6 +2974,7 @@ static void model_save(const Model *m, const char *directory)
 // One safetensors file that is being read.
 typedef struct {
     char *path, *text;
+    const char *name;   // the path's last part
     FILE *f;
     Json *header;
     size_t begin, size; // of the data
@@ -2959,22 +2983,19 @@ typedef struct {
 static Shard shard_open(const char *directory, const char *name)
 {
     Shard s;
-    struct stat st;
     unsigned char prefix[8];
     uint64_t length = 0;
     s.path = path_join(directory, name);
-    s.f = fopen(s.path, "rb");
-    if (!s.f) die(BAD_INPUT, "%s: cannot open: %s", s.path, strerror(errno));
-    if (fstat(fileno(s.f), &st) || !S_ISREG(st.st_mode))
-        die(BAD_INPUT, "%s: not a regular file", s.path);
-    if (st.st_size < 8 || fread(prefix, 1, 8, s.f) != 8)
+    s.name = strrchr(s.path, '/') + 1;
+    s.f = open_file(s.path, &s.size);
+    if (s.size < 8 || fread(prefix, 1, 8, s.f) != 8)
         die(BAD_INPUT, "%s: not a safetensors file: shorter than 8 bytes", s.path);
     for (int i = 0; i < 8; i++) length |= (uint64_t)prefix[i] << 8 * i;
-    if (length > (uint64_t)st.st_size - 8 || length > 100 << 20)
+    if (length > s.size - 8 || length > 100 << 20)
         die(BAD_INPUT, "%s: not a safetensors file, or truncated: a header of %llu bytes in a file "
-            "of %lld", s.path, (unsigned long long)length, (long long)st.st_size);
+            "of %zu", s.path, (unsigned long long)length, s.size);
     s.begin = 8 + (size_t)length;
-    s.size = (size_t)st.st_size - s.begin;
+    s.size -= s.begin;
     s.text = (char *)host_alloc((size_t)length + 1, 1);
     if (fread(s.text, 1, (size_t)length, s.f) != length)
         die(BAD_INPUT, "%s: cannot read the header", s.path);
@@ -2985,7 +3006,7 @@ static Shard shard_open(const char *directory, const char *name)
 static void shard_close(Shard *s)
 {
     if (fclose(s->f)) die(BAD_INPUT, "%s: cannot close: %s", s->path, strerror(errno));
-    json_free(s->header);
+    free(s->header);
     free(s->text);
     free(s->path);
 }
@@ -2995,18 +3016,19 @@ typedef struct {
     const char *name;
     const Shard *shard;
     size_t shape[2], dims, begin, end; // begin, end: of its data
-    int dtype, used;
+    int dtype, indexed, used;
 } Stored;
 
-enum { F32, BF16, F16, DTYPES };
-static const char *const dtype_names[DTYPES] = {"F32", "BF16", "F16"};
-static const size_t dtype_sizes[DTYPES] = {4, 2, 2};
+enum { F32, BF16, F16, F8_E4M3, DTYPES };
+static const char *const dtype_names[DTYPES] = {"F32", "BF16", "F16", "F8_E4M3"};
+static const size_t dtype_sizes[DTYPES] = {4, 2, 2, 1};
 
 static size_t header_size(const Shard *s, const Json *j, const char *tensor)
 {
-    if (j->type != JSON_NUMBER || j->number < 0 || j->number > 0x1p53 ||
+    if (j->type != JSON_NUMBER || j->number < 0 || j->number >= 0x1p53 ||
         j->number != floor(j->number))
-        die(BAD_INPUT, "%s: %s: sizes and offsets must be whole numbers", s->path, tensor);
+        die(BAD_INPUT, "%s: %s: sizes and offsets must be whole numbers below 2^53", s->path,
+            tensor);
     return (size_t)j->number;
 }
 
@@ -3028,8 +3050,8 @@ static Stored stored_parse(const Shard *s, const Json *j)
     for (t.dtype = 0; t.dtype < DTYPES; t.dtype++)
         if (!strcmp(dtype->string, dtype_names[t.dtype])) break;
     if (t.dtype == DTYPES)
-        die(BAD_INPUT, "%s: %s: dtype %s is not read; F32, BF16 and F16 are", s->path, t.name,
-            dtype->string);
+        die(BAD_INPUT, "%s: %s: dtype %s is not read; F32, BF16, F16 and F8_E4M3 are", s->path,
+            t.name, dtype->string);
     t.begin = header_size(s, offsets->child, t.name);
     t.end = header_size(s, offsets->child->next, t.name);
     size_t n = dtype_sizes[t.dtype];
@@ -3039,7 +3061,7 @@ static Stored stored_parse(const Shard *s, const Json *j)
     const Json *size = shape->child;
     for (size_t d = 0; d < t.dims; d++, size = size->next) {
         t.shape[d] = header_size(s, size, t.name);
-        n = size_mul(n, t.shape[d]);
+        n = t.shape[d] && n > SIZE_MAX / t.shape[d] ? SIZE_MAX : n * t.shape[d];
     }
     if (t.begin > t.end || t.end > s->size || t.end - t.begin != n)
         die(BAD_INPUT, "%s: %s: its shape needs %zu bytes, its offsets are [%zu, %zu] and the file "
@@ -3055,34 +3077,51 @@ static int compare_names(const void *x, const void *y)
 static int compare_places(const void *x, const void *y)
 {
     const Stored *a = (const Stored *)x, *b = (const Stored *)y;
-    if (a->shard != b->shard) return a->shard < b->shard ? -1 : 1;
-    return a->begin < b->begin ? -1 : a->begin > b->begin;
+    if (a->begin != b->begin) return a->begin < b->begin ? -1 : 1;
+    return a->end < b->end ? -1 : a->end > b->end;
 }
 
-// Every tensor of the shards, sorted by name. Data must fill a file without gap or overlap.
-static Stored *stored_list(const Shard *shard, size_t shards, size_t *n)
+// An opened checkpoint: the tensors of all its files.
+typedef struct {
+    const char *directory;
+    Shard *shard;
+    size_t shards, n;
+    Stored *stored; // [n], sorted by name
+} Checkpoint;
+
+// Lists the tensors of the shards. Data must fill a file without gap or overlap.
+static Checkpoint checkpoint_list(const char *directory, Shard *shard, size_t shards)
 {
+    Checkpoint c = {directory, shard, shards, 0, NULL};
     size_t most = 0;
     for (size_t i = 0; i < shards; i++) most += shard[i].header->length;
-    Stored *list = (Stored *)host_alloc(most, sizeof(Stored));
-    *n = 0;
-    for (size_t i = 0; i < shards; i++)
+    c.stored = (Stored *)host_alloc(most, sizeof(Stored));
+    for (size_t i = 0; i < shards; i++) {
+        size_t first = c.n, end = 0;
         for (const Json *j = shard[i].header->child; j; j = j->next)
-            if (strcmp(j->key, "__metadata__")) list[(*n)++] = stored_parse(&shard[i], j);
-    qsort(list, *n, sizeof(Stored), compare_places);
-    for (size_t i = 0; i < *n; i++) {
-        const Stored *t = &list[i], *before = i && t[-1].shard == t->shard ? t - 1 : NULL;
-        int last = i + 1 == *n || t[1].shard != t->shard;
-        if (t->begin != (before ? before->end : 0) || (last && t->end != t->shard->size))
-            die(BAD_INPUT, "%s: %s: its data [%zu, %zu] overlaps or leaves a gap", t->shard->path,
-                t->name, t->begin, t->end);
+            if (strcmp(j->key, "__metadata__")) c.stored[c.n++] = stored_parse(&shard[i], j);
+        qsort(c.stored + first, c.n - first, sizeof(Stored), compare_places);
+        for (const Stored *t = c.stored + first; t < c.stored + c.n; end = t++->end)
+            if (t->begin != end)
+                die(BAD_INPUT, "%s: %s: its data [%zu, %zu] overlaps or leaves a gap",
+                    shard[i].path, t->name, t->begin, t->end);
+        if (end != shard[i].size)
+            die(BAD_INPUT, "%s: leaves a gap of %zu bytes after its last tensor", shard[i].path,
+                shard[i].size - end);
     }
-    qsort(list, *n, sizeof(Stored), compare_names);
-    for (size_t i = 1; i < *n; i++)
-        if (!strcmp(list[i - 1].name, list[i].name))
-            die(BAD_INPUT, "%s: %s: stands in %s too", list[i].shard->path, list[i].name,
-                list[i - 1].shard->path);
-    return list;
+    qsort(c.stored, c.n, sizeof(Stored), compare_names);
+    for (size_t i = 1; i < c.n; i++)
+        if (!strcmp(c.stored[i - 1].name, c.stored[i].name))
+            die(BAD_INPUT, "%s: %s: stands in %s too", c.stored[i].shard->path, c.stored[i].name,
+                c.stored[i - 1].shard->path);
+    return c;
+}
+
+static Stored *checkpoint_find(const Checkpoint *c, const char *name) // NULL: there is none
+{
+    Stored key;
+    key.name = name;
+    return c->n ? (Stored *)bsearch(&key, c->stored, c->n, sizeof key, compare_names) : NULL;
 }
 
 static float half_to_float(uint16_t h)
@@ -3094,12 +3133,24 @@ static float half_to_float(uint16_t h)
     return h >> 15 ? -x : x;
 }
 
-// Reads n numbers of a stored tensor; dies on one that is not finite.
-static void stored_read(const Stored *t, real *to, size_t n)
+static float e4m3_to_float(unsigned char b) // a half with a shorter exponent; all ones: NaN
+{
+    if ((b & 0x7F) == 0x7F) return NAN;
+    return 256 * half_to_float((uint16_t)((b & 0x80) << 8 | (b & 0x7F) << 7));
+}
+
+// Reads a stored tensor; dies on a number that is not finite. scale: of each block of an FP8 one.
+static void stored_read(const Stored *t, const Stored *scale, accum *to)
 {
     const Shard *s = t->shard;
-    size_t size = dtype_sizes[t->dtype];
+    size_t size = dtype_sizes[t->dtype], n = (t->end - t->begin) / size;
+    size_t cols = t->shape[t->dims - 1], across = ceil_div(cols, FP8_BLOCK);
     unsigned char *raw = (unsigned char *)host_alloc(n, size);
+    accum *scales = NULL;
+    if (scale) {
+        scales = (accum *)host_alloc(scale->shape[0] * scale->shape[1], sizeof(accum));
+        stored_read(scale, NULL, scales);
+    }
     if (fseeko(s->f, (off_t)(s->begin + t->begin), SEEK_SET) || fread(raw, size, n, s->f) != n)
         die(BAD_INPUT, "%s: %s: cannot read its data", s->path, t->name);
     for (size_t i = 0; i < n; i++) {
@@ -3110,105 +3161,124 @@ static void stored_read(const Stored *t, real *to, size_t n)
                 (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
         else if (t->dtype == BF16)
             x.u = (uint32_t)b[0] << 16 | (uint32_t)b[1] << 24;
-        else
+        else if (t->dtype == F16)
             x.f = half_to_float((uint16_t)(b[0] | b[1] << 8));
+        else
+            x.f = e4m3_to_float(b[0]) *
+                  (float)scales[i / cols / FP8_BLOCK * across + i % cols / FP8_BLOCK];
         if (!isfinite(x.f))
             die(BAD_INPUT, "%s: %s: element %zu is not a finite number", s->path, t->name, i);
-        to[i] = (real)x.f;
+        to[i] = (accum)x.f;
     }
     free(raw);
+    free(scales);
 }
 
-// Opens model.safetensors, or the files that model.safetensors.index.json names.
-static Shard *shards_open(const char *directory, size_t *n)
+// Opens the files that model.safetensors.index.json names; both must say the same of what is where.
+static Checkpoint checkpoint_open_index(const char *directory, const char *path)
 {
-    char *path = path_join(directory, "model.safetensors.index.json");
-    Shard *shard = NULL;
-    *n = 0;
-    if (access(path, F_OK)) {
-        shard = (Shard *)host_alloc(1, sizeof(Shard));
-        shard[(*n)++] = shard_open(directory, "model.safetensors");
-    } else {
-        size_t size;
-        char *text = read_file(path, &size, 100 << 20);
-        Json *index = json_parse(path, text, size);
-        const Json *map = json_get(index, "weight_map");
-        if (!map || map->type != JSON_OBJECT || !map->child)
-            die(BAD_INPUT, "%s: has no weight_map", path);
-        char **file = (char **)host_alloc(map->length, sizeof(char *));
-        size_t files = 0;
-        for (const Json *j = map->child; j; j = j->next) {
-            if (j->type != JSON_STRING || strchr(j->string, '/') || !*j->string)
-                die(BAD_INPUT, "%s: %s: must name a file in the same directory", path, j->key);
-            file[files++] = j->string;
-        }
-        qsort(file, files, sizeof(char *), compare_keys);
-        shard = (Shard *)host_alloc(files, sizeof(Shard));
-        for (size_t i = 0; i < files; i++)
-            if (i == 0 || strcmp(file[i - 1], file[i]))
-                shard[(*n)++] = shard_open(directory, file[i]);
-        for (const Json *j = map->child; j; j = j->next)
-            for (size_t i = 0; i < *n; i++)
-                if (!strcmp(strrchr(shard[i].path, '/') + 1, j->string) &&
-                    !json_get(shard[i].header, j->key))
-                    die(BAD_INPUT, "%s: %s: is not in %s", path, j->key, j->string);
-        free(file);
-        json_free(index);
-        free(text);
+    size_t size, files = 0, n = 0;
+    char *text = read_file(path, &size, 100 << 20);
+    Json *index = json_parse(path, text, size);
+    const Json *map = json_get(index, "weight_map");
+    if (!map || map->type != JSON_OBJECT || !map->child)
+        die(BAD_INPUT, "%s: has no weight_map", path);
+    char **file = (char **)host_alloc(map->length, sizeof(char *));
+    for (const Json *j = map->child; j; j = j->next) {
+        if (j->type != JSON_STRING || strchr(j->string, '/') || !*j->string)
+            die(BAD_INPUT, "%s: %s: must name a file in the same directory", path, j->key);
+        file[files++] = j->string;
     }
-    free(path);
-    return shard;
-}
-
-// The released MTP layers carry copies of the embedding and the head, which the model shares.
-static int is_shared_copy(const char *name)
-{
-    return strstr(name, "model.layers.") == name &&
-           (strstr(name, ".embed_tokens.weight") || strstr(name, ".shared_head.head.weight"));
-}
-
-// An opened checkpoint: the tensors of all its files.
-typedef struct {
-    const char *directory;
-    Shard *shard;
-    size_t shards, n;
-    Stored *stored; // [n], sorted by name
-} Checkpoint;
-
-static Checkpoint checkpoint_list(const char *directory, Shard *shard, size_t shards)
-{
-    Checkpoint c = {directory, shard, shards, 0, NULL};
-    c.stored = stored_list(shard, shards, &c.n);
+    qsort(file, files, sizeof(char *), compare_keys);
+    for (size_t i = 0; i < files; i++)
+        if (i == 0 || strcmp(file[n - 1], file[i])) file[n++] = file[i];
+    Shard *shard = (Shard *)host_alloc(n, sizeof(Shard));
+    for (size_t i = 0; i < n; i++) shard[i] = shard_open(directory, file[i]);
+    Checkpoint c = checkpoint_list(directory, shard, n);
+    for (const Json *j = map->child; j; j = j->next) {
+        Stored *t = checkpoint_find(&c, j->key);
+        if (!t || strcmp(t->shard->name, j->string))
+            die(BAD_INPUT, "%s: %s: is not in %s", path, j->key, j->string);
+        t->indexed = 1;
+    }
+    for (size_t i = 0; i < c.n; i++)
+        if (!c.stored[i].indexed)
+            die(BAD_INPUT, "%s: %s: is missing, though it is in %s", path, c.stored[i].name,
+                c.stored[i].shard->name);
+    free(file);
+    free(index);
+    free(text);
     return c;
 }
 
-// Reads every tensor of the layout, named with the prefix, to where it stands in `to`.
+// Opens model.safetensors or, where only that stands, an index and its shards.
+static Checkpoint checkpoint_open(const char *directory)
+{
+    char *whole = path_join(directory, "model.safetensors");
+    char *index = path_join(directory, "model.safetensors.index.json");
+    Checkpoint c;
+    if (access(whole, F_OK) && !access(index, F_OK)) {
+        c = checkpoint_open_index(directory, index);
+    } else {
+        Shard *shard = (Shard *)host_alloc(1, sizeof(Shard));
+        *shard = shard_open(directory, "model.safetensors");
+        c = checkpoint_list(directory, shard, 1);
+    }
+    free(whole);
+    free(index);
+    return c;
+}
+
+// The tensor of this name and shape; with cols 0 it has one dimension.
+static Stored *checkpoint_get(const Checkpoint *c, const char *name, size_t rows, size_t cols)
+{
+    Stored *t = checkpoint_find(c, name);
+    if (!t)
+        die(BAD_INPUT, "%s: %s: is missing, though config.json calls for it", c->directory, name);
+    if (t->dims != (cols ? 2 : 1) || t->shape[0] != rows || t->shape[1] != cols)
+        die(BAD_INPUT, "%s: %s: has shape [%zu, %zu], expected [%zu, %zu] (0: no such dimension)",
+            t->shard->path, name, t->shape[0], t->shape[1], rows, cols);
+    t->used = 1;
+    return t;
+}
+
+// Reads every tensor of the layout, named with the prefix, to where it stands in `to`. With NULL
+// only looks whether all are there, so that a config.json cannot ask for more memory than its
+// files fill.
 static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *prefix, accum *to)
 {
     for (size_t i = 0; i < layout->tensors; i++) {
         const Tensor *t = &layout->tensor[i];
         size_t n = t->rows * t->cols, dims = tensor_dims(t);
-        accum *host = (accum *)host_alloc(n, sizeof(accum));
+        accum *host = to ? (accum *)host_alloc(n, sizeof(accum)) : NULL;
         for (size_t k = 0; k < t->count; k++) {
-            char name[NAME_MAX_LENGTH];
+            char name[NAME_MAX_LENGTH + 16];
             tensor_name(name, prefix, t, k);
-            Stored key, *s = NULL;
-            key.name = name;
-            if (c->n) s = (Stored *)bsearch(&key, c->stored, c->n, sizeof key, compare_names);
-            if (!s)
-                die(BAD_INPUT, "%s: %s: is missing, though config.json calls for it", c->directory,
-                    name);
-            size_t shape[2] = {dims == 1 ? t->cols : t->rows, dims == 1 ? 0 : t->cols};
-            if (s->dims != dims || s->shape[0] != shape[0] || s->shape[1] != shape[1])
-                die(BAD_INPUT, "%s: %s: has shape [%zu, %zu], expected [%zu, %zu] (0: no such "
-                    "dimension)", s->shard->path, name, s->shape[0], s->shape[1], shape[0],
-                    shape[1]);
-            stored_read(s, host, n);
+            Stored *scale = NULL;
+            Stored *s = checkpoint_get(c, name, dims == 1 ? t->cols : t->rows,
+                                       dims == 1 ? 0 : t->cols);
+            if (s->dtype == F8_E4M3) {
+                scale = checkpoint_get(c, strcat(name, "_scale_inv"), ceil_div(t->rows, FP8_BLOCK),
+                                       ceil_div(t->cols, FP8_BLOCK));
+                if (scale->dtype != F32)
+                    die(BAD_INPUT, "%s: %s: must be F32", scale->shard->path, name);
+            }
+            if (!to) continue;
+            stored_read(s, scale, host);
             to_device(to + t->offset + k * n, host, n * sizeof(accum));
-            s->used = 1;
         }
         free(host);
     }
+}
+
+// The released MTP layers carry copies of the embedding and the head, which the model shares.
+static int is_shared_copy(const char *name)
+{
+    static const char layer[] = "model.layers.";
+    if (strncmp(name, layer, sizeof layer - 1)) return 0;
+    name += sizeof layer - 1;
+    name += strspn(name, "0123456789");
+    return !strcmp(name, ".embed_tokens.weight") || !strcmp(name, ".shared_head.head.weight");
 }
 
 // Dies if there is a tensor that nobody read.
@@ -3235,9 +3305,10 @@ static Config directory_config(const char *directory)
 static Model model_load(const char *directory, int training)
 {
     Config config = directory_config(directory);
-    size_t shards;
-    Shard *shard = shards_open(directory, &shards);
-    Checkpoint c = checkpoint_list(directory, shard, shards);
+    Checkpoint c = checkpoint_open(directory);
+    Layout layout = layout_make(&config);
+    checkpoint_read(&c, &layout, "", NULL);
+    free(layout.tensor);
     Model m = model_make(&config, training);
     checkpoint_read(&c, &m.layout, "", m.weights);
     checkpoint_close(&c);

@@ -1917,7 +1917,7 @@ static void test_json(void)
     EXPECT(y->child->child->next->number == 2 && !*json_get(y->child->next, "z")->string,
            "nested values");
     EXPECT(!json_get(j, "x"), "found a key that is deeper");
-    json_free(j);
+    free(j);
 }
 
 // A model of every kind of tensor, saved in `name`.
@@ -2479,7 +2479,7 @@ static void test_check_dump(void)
         count++;
     }
     EXPECT(header->length == count, "expected %zu tensors, got %zu", count, header->length);
-    json_free(header);
+    free(header);
     free(text.bytes);
     acts_free(&a);
     model_free(&m);
