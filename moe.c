@@ -1600,6 +1600,9 @@ static Acts acts_plan(const Config *c, size_t B, size_t T, int training)
     a.depths = training ? c->D : 0;
     a.B = B;
     a.T = T;
+    if (B > ((size_t)1 << 40) / T) // so that no size below overflows
+        die(FAILED, "%zu sequences of %zu tokens need more than 1000000 MB of memory; use a "
+            "smaller --batch or --seq", B, T);
     a.layer = (LayerActs *)host_alloc(c->L + a.depths, sizeof(LayerActs));
     a.batch = (Batch *)host_alloc(a.depths + 1, sizeof(Batch));
     acts_bind(&a, c);
@@ -1609,6 +1612,9 @@ static Acts acts_plan(const Config *c, size_t B, size_t T, int training)
 static Acts acts_make(const Config *c, size_t B, size_t T, int training)
 {
     Acts a = acts_plan(c, B, T, training);
+    if (B * T > INT_MAX / (c->K + 1)) // rows of experts are numbered by ints
+        die(BAD_INPUT, "--batch %zu --seq %zu: at most %zu tokens are taken at once", B, T,
+            INT_MAX / (c->K + 1));
     a.arena.base = (char *)device_alloc(a.arena.used);
     acts_bind(&a, c);
     a.rope = rope_table(c, T);
@@ -2229,6 +2235,8 @@ static Decoder decoder_plan(const Model *m, size_t slots, size_t window, size_t 
     s.capacity = window + max_rows; // new rows must not push out what the first of them sees
     s.max_rows = max_rows;
     s.positions = positions;
+    if (positions > INT_MAX)
+        die(BAD_INPUT, "--tokens: a text of %zu tokens; at most %d are taken", positions, INT_MAX);
     s.c_kv = (real **)host_alloc(layers(&m->config), sizeof(real *));
     s.k_pe = (real **)host_alloc(layers(&m->config), sizeof(real *));
     s.slots = slots;
@@ -3540,7 +3548,7 @@ static void print_token(int token)
 static Generation sample(const Model *m, const Options *o, const char *prompt, int speculate)
 {
     size_t n = strlen(prompt), length = n + o->tokens;
-    Sampler s = {o->temperature, (int)o->top_k, o->top_p, o->seed};
+    Sampler s = {o->temperature, (int)min_size(o->top_k, m->config.V), o->top_p, o->seed};
     Decoder d = SAMPLE_DECODER(decoder_make, m, n, o->tokens);
     int *tokens = (int *)host_alloc(length + 2, sizeof(int));
     tokens_copy(tokens, prompt, n);
@@ -3670,7 +3678,6 @@ static Run run_make(const Options *o, const Config *c)
         die(BAD_INPUT, "%s: too short: of %zu bytes %zu are left to train on and %zu to validate; "
             "%zu and 2 are needed, or a smaller --seq", o->data, r.text.n, r.n_train,
             r.text.n - r.n_train, r.T + 1);
-    r.tokens = (int *)host_alloc(size_mul(r.B, r.T + 1), sizeof(int));
     return r;
 }
 
@@ -3683,13 +3690,15 @@ static uint64_t data_hash(const Data *t) // FNV-1a
 
 static const char state_name[] = "optimizer.safetensors";
 
-// Saves all that the run needs to go on in one file, weights included, so that a run killed at any
-// instant finds the old state or the new one; then the model for others.
+// Saves the model for others, then in one file all that the run needs to go on, weights included,
+// so that a run killed at any instant finds the old state or the new one.
 static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *opt, FILE *log)
 {
     size_t n = 3 * count_entries(&m->layout), length = 1024;
     char room[32];
-    if (!isfinite(sum_squares(m->weights, m->layout.elements)))
+    size_t elements = m->layout.elements;
+    if (!isfinite(sum_squares(m->weights, elements) + sum_squares(opt->m, elements) +
+                  sum_squares(opt->v, elements)))
         die(FAILED, "step %zu: the weights are no longer finite; %s still has step %zu; try a "
             "smaller --lr", r->step, o->out, r->saved);
 #define OPTION_LENGTH(commands, type, field, ...) \
@@ -3710,10 +3719,11 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
     Entry *next = entries_add(entry, &m->layout, "", m->weights);
     next = entries_add(next, &m->layout, "m.", opt->m);
     entries_add(next, &m->layout, "v.", opt->v);
-    if (fflush(log)) die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    if (fflush(log) || fsync(fileno(log)))
+        die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
     char *path = path_join(o->out, state_name);
-    safetensors_save(path, metadata, entry, n);
     model_save(m, o->out);
+    safetensors_save(path, metadata, entry, n);
     free(path);
     r->saved = r->step;
     free(entry);
@@ -3727,6 +3737,15 @@ static const char *state_value(const Shard *s, const char *key)
     if (!value || value->type != JSON_STRING)
         die(BAD_INPUT, "%s: is not the state of a run: has no %s", s->path, key);
     return value->string;
+}
+
+static double state_loss(const Shard *s, const char *key)
+{
+    const char *value = state_value(s, key);
+    char *end;
+    double x = strtod(value, &end); // may be nan: none yet
+    if (end == value || *end) die(BAD_INPUT, "%s: %s is not a number", s->path, key);
+    return x;
 }
 
 // Takes the options that a run was started with, and the directory it is in.
@@ -3752,8 +3771,8 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
         die(BAD_INPUT, "%s: is not the text that the run in %s began with", o->data, o->resume);
     r->step = r->first_step = r->saved = parse_Count("step", state_value(s, "step"));
     opt->step = (long)parse_Count("optimizer_step", state_value(s, "optimizer_step"));
-    r->train_loss = strtod(state_value(s, "train_loss"), NULL); // either may be nan
-    r->val_loss = strtod(state_value(s, "val_loss"), NULL);
+    r->train_loss = state_loss(s, "train_loss");
+    r->val_loss = state_loss(s, "val_loss");
     Checkpoint c = checkpoint_list(o->resume, s, 1);
     checkpoint_read(&c, &m->layout, "", m->weights);
     checkpoint_read(&c, &m->layout, "m.", opt->m);
@@ -3790,10 +3809,16 @@ static FILE *log_open(const Run *r, const char *directory)
 // The first SIGINT or SIGTERM ends the run after its step, saved; the second at once.
 static volatile sig_atomic_t stop_signal = 0;
 
-static void on_signal(int number)
+static void on_signal(int number) { stop_signal = number; }
+
+static void catch_signals(void)
 {
-    stop_signal = number;
-    signal(number, SIG_DFL);
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_signal;
+    action.sa_flags = SA_RESETHAND | SA_RESTART; // once; and no write fails for it
+    if (sigaction(SIGINT, &action, NULL) || sigaction(SIGTERM, &action, NULL))
+        die(FAILED, "cannot catch signals: %s", strerror(errno));
 }
 
 // Adds the gradients of a step's batches to the model's; returns their mean losses.
@@ -3867,20 +3892,21 @@ static int command_train(const Options *o)
     Acts plan = acts_plan(c, r.B, r.T, 1);
     Memory memory = memory_plan(c, 1, plan.arena.used, 0);
     acts_free(&plan);
+    r.tokens = (int *)host_alloc(r.B * (r.T + 1), sizeof(int));
     prepare_directory(o, c);
-    Model m = model_from_options(o, c, 1);
+    Model m = *o->resume ? model_make(c, 1) : model_from_options(o, c, 1);
     Optimizer opt = optimizer_make(&m);
     if (*o->resume) run_load(&r, o, &m, &opt);
     FILE *log = log_open(&r, o->out);
     Acts a = acts_make(c, r.B, r.T, 1);
     size_t n_val = r.text.n - r.n_train, bad = 0;
     int muon = !strcmp(o->optimizer, "muon");
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
+    catch_signals();
     memory_print(stdout, &memory);
     printf("%zu parameters, %zu layers, %zu of %zu experts a token; %zu x %zu tokens a step, %s, "
            "%d threads\n", parameters(&m.layout), c->L, c->K, c->E, r.B * o->accumulate, r.T,
            o->optimizer, thread_count());
+    fflush(stdout);
     int last = 0, stop = 0;
     while (!last && !stop) {
         double share = schedule(o, r.step), rate = o->lr * share;
@@ -3961,7 +3987,8 @@ static int command_sample(const Options *o)
             die(BAD_INPUT, "--prompt: byte %d is outside the vocabulary of %zu", (unsigned char)*p,
                 shape.config.V);
     Decoder plan = SAMPLE_DECODER(decoder_plan, &shape, strlen(o->prompt), o->tokens);
-    Memory memory = memory_plan(&shape.config, 0, 0, plan.arena.used);
+    size_t angles = size_mul(2 * plan.positions, shape.config.Dr * sizeof(accum));
+    Memory memory = memory_plan(&shape.config, 0, 0, plan.arena.used + angles);
     decoder_free(&plan);
     Model m = model_load(o->model, 0);
     memory_print(stderr, &memory);
@@ -4147,7 +4174,10 @@ int main(int argc, char **argv)
         if (!strcmp(argv[1], commands[i].name)) {
             Options o = parse_options(&commands[i], argc, argv);
             use_threads(o.threads);
-            return commands[i].run(&o);
+            int status = commands[i].run(&o);
+            if (fflush(stdout) || ferror(stdout))
+                die(FAILED, "standard output: cannot write: %s", strerror(errno));
+            return status;
         }
     die(BAD_INPUT, "unknown command %s; moe --help lists them", argv[1]);
 }
