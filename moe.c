@@ -3927,7 +3927,7 @@ static int command_train(const Options *o)
                     BAD_STEPS, r.saved ? "the last good state is in" : "no state is in", o->out);
         }
         last = r.step == o->steps;
-        stop = stop_signal || r.step == o->stop_after;
+        stop = stop_signal || (o->stop_after && r.step >= o->stop_after);
         int validate = n_val && (last || (o->val_every && r.step % o->val_every == 0));
         if (validate) // on a part while training, on all of it at the end
             r.val_loss = text_loss(&m, r.text.bytes + r.n_train,

@@ -16,6 +16,10 @@ tinyshakespeare/excerpt.txt and what the tests write in a directory of their own
 #define MOE_NO_MAIN
 #include "moe.c"
 #include <dirent.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 // ------------------------------------------------------------------------------------------------
@@ -1794,35 +1798,52 @@ static char *file_text(const char *path, size_t *n)
 }
 
 typedef struct {
-    int status; // exit status, or -1
+    int status; // exit status, or minus the signal that ended it
     char *out, *err;
 } Ran;
 
+static size_t file_limit;   // bytes that the program may write to a file, 0: any number
+static int obeys_modes;     // whether files' modes bind it even if it is root's
+enum { CANNOT_OBEY = 98 };  // exit status where that cannot be had
+
 #define ARGS(...) (const char *const[]){__VA_ARGS__, NULL}
 
-static Ran run_moe(const char *const *args)
+static pid_t start_moe(const char *const *args)
 {
-    Ran r = {-1, NULL, NULL};
     const char *program = getenv("MOE") ? getenv("MOE") : "./moe";
     char *out = in_directory("stdout"), *err = in_directory("stderr"), *argv[40] = {(char *)"moe"};
     for (size_t i = 0; args[i]; i++) argv[i + 1] = (char *)args[i];
+    remove(out);
     fflush(stdout);
     pid_t child = fork();
-    if (child == 0) {
-        alarm(300); // whatever happens
-        if (freopen("/dev/null", "r", stdin) && freopen(out, "w", stdout) &&
-            freopen(err, "w", stderr))
-            execv(program, argv);
-        _exit(99);
-    }
+    if (child != 0) return child;
+    alarm(300); // whatever happens
+    struct rlimit limit = {file_limit, file_limit};
+#ifdef __linux__
+    int root = geteuid() == 0 && prctl(PR_CAPBSET_DROP, 1, 0, 0, 0); // 1: CAP_DAC_OVERRIDE
+#else
+    int root = geteuid() == 0;
+#endif
+    if (obeys_modes && root) _exit(CANNOT_OBEY);
+    if (freopen("/dev/null", "r", stdin) && freopen(out, "w", stdout) &&
+        freopen(err, "w", stderr) && !(file_limit && setrlimit(RLIMIT_FSIZE, &limit)))
+        execv(program, argv);
+    _exit(99);
+}
+
+static Ran end_moe(pid_t child)
+{
+    Ran r = {-1, NULL, NULL};
     int status = 0;
     size_t n;
-    if (child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status))
-        r.status = WEXITSTATUS(status);
-    r.out = (char *)keep(read_file(out, &n, 1 << 24));
-    r.err = (char *)keep(read_file(err, &n, 1 << 24));
+    if (child > 0 && waitpid(child, &status, 0) == child)
+        r.status = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+    r.out = file_text(in_directory("stdout"), &n);
+    r.err = file_text(in_directory("stderr"), &n);
     return r;
 }
+
+static Ran run_moe(const char *const *args) { return end_moe(start_moe(args)); }
 
 static const char *joined(const char *const *args)
 {
@@ -2007,9 +2028,9 @@ static Entry *list_entries(const Layout *layout, const accum *data, const char *
 // are several, and as released files have it a copy of the embedding. expected: what they mean.
 static void write_codes(const Model *m, const char *path, int dtype, size_t shards, real *expected)
 {
-    static const int exponent_bits[DTYPES] = {8, 8, 5}, mantissa_bits[DTYPES] = {23, 7, 10};
+    static const int exponent_bits[] = {8, 8, 5}, mantissa_bits[] = {23, 7, 10};
     const int M = mantissa_bits[dtype], bits = exponent_bits[dtype] + M;
-    size_t n, bytes = dtype == F32 ? 4 : 2, mapped = 0;
+    size_t n, bytes = dtype_sizes[dtype], mapped = 0;
     Entry *e = list_entries(&m->layout, m->weights, "", &n);
     char *index = (char *)room(1 << 16, 1), file[64];
     make_directory(path);
@@ -2023,9 +2044,11 @@ static void write_codes(const Model *m, const char *path, int dtype, size_t shar
         snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", s + 1, shards);
         APPEND(p.header, length, "{\"model.layers.%zu.embed_tokens.weight\":{\"dtype\":\"%s\","
                "\"shape\":[2],\"data_offsets\":[0,%zu]}", m->config.L + s, dtype_names[dtype], p.n);
+        APPEND(index, mapped, "%s\"model.layers.%zu.embed_tokens.weight\":\"%s\"", s ? "," : "",
+               m->config.L + s, file);
         for (size_t i = s; i < n; i += shards) {
             size_t size = entry_size(&e[i]);
-            APPEND(index, mapped, "%s\"%s\":\"%s\"", i ? "," : "", e[i].name, file);
+            APPEND(index, mapped, ",\"%s\":\"%s\"", e[i].name, file);
             APPEND(p.header, length, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[%zu", e[i].name,
                    dtype_names[dtype], e[i].shape[0]);
             if (e[i].dims == 2) APPEND(p.header, length, ",%zu", e[i].shape[1]);
@@ -2051,7 +2074,7 @@ static void test_load_dtypes_shards(void)
 {
     Config c = small_config();
     Model m = model_make(&c, 0);
-    for (int dtype = 0; dtype < DTYPES; dtype++)
+    for (int dtype = 0; dtype < F8_E4M3; dtype++)
         for (size_t shards = 1; shards <= 3; shards++) {
             char *path = in_directory(label("codes-%d-%zu", dtype, shards));
             real *expected = reals(m.layout.elements);
@@ -2109,7 +2132,11 @@ static void test_damaged_weights(void)
         {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[13,1],"), 0, "model.norm.weight"},
         {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[-13],"), 0, "whole numbers"},
         {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[13.5],"), 0, "whole numbers"},
-        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[9e15,9e15],"), 0, "overflow"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[9e15,9e15],"), 0, "its shape needs"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[9007199254740993],"), 0, "whole numbers"},
+        {"model.norm.weight", "model.norm.weight\\u000a", 0, "model.norm.weight"},
+        {"{\"__metadata__\"", "{\"none\":{\"dtype\":\"F32\",\"shape\":[0,9],\"data_offsets\":[0,0]},"
+         "\"__metadata__\"", 0, "none: config.json has no place for it"},
         {"\"shape\":[256,13]", "\"shape\":[13,256]", 0, "model.embed_tokens.weight"},
         {"[0,13312]", "[4,13316]", 0, "overlaps or leaves a gap"},
         {"[0,13312]", "[13312,0]", 0, "its offsets are [13312, 0]"},
@@ -2147,20 +2174,130 @@ static void test_damaged_weights(void)
     expect_error(2, "not a regular file", eval);
     remove(path);
 
-    static const char *const maps[][2] = { // weight_map, message
-        {"{\"model.norm.weight\":\"model.safetensors\"}", NULL},
-        {"{\"model.norm.weight\":\"gone.safetensors\"}", "gone.safetensors: cannot open"},
-        {"{\"model.norm.weight\":\"../good/model.safetensors\"}", "in the same directory"},
-        {"{\"nothing\":\"model.safetensors\"}", "is not in model.safetensors"},
-        {"{\"model.norm.weight\":1}", "must name a file"},
-        {"{}", "has no weight_map"}, {"0", "has no weight_map"}, {"", "not valid JSON"},
+    char *map = (char *)room(1 << 16, 1);
+    size_t length = 0;
+    Json *header = json_parse(good, strcpy((char *)room(strlen(whole.header) + 1, 1), whole.header),
+                              strlen(whole.header));
+    for (const Json *j = header->child->next; j; j = j->next) // after __metadata__
+        APPEND(map, length, "%s\"%s\":\"part\"", length ? ",\n" : "{", j->key);
+    free(header);
+    static const char *const maps[][3] = { // from, to, message
+        {"", "", NULL},
+        {":\"part\"", ":\"gone\"", "gone: cannot open"},
+        {":\"part\"", ":\"../bad/part\"", "in the same directory"},
+        {":\"part\"", ":\".\"", "not a regular file"},
+        {":\"part\"", ":1", "must name a file"},
+        {":\"part\"", ":\"config.json\"", "config.json: not a safetensors file"},
+        {"model.norm.weight", "nothing", "nothing: is not in part"},
+        {"\"model.norm.weight\":\"part\",", "", "model.norm.weight: is missing"},
+        {"\"model.norm.weight\"", "\"lm_head.weight\"", "appears twice"},
     };
-    write_parts(bad, "model.safetensors", whole);
+    static const char *const no_maps[][2] = {
+        {"{\"weight_map\":{}}", "has no weight_map"}, {"{\"weight_map\":0}", "has no weight_map"},
+        {"{}", "has no weight_map"}, {"", "not valid JSON"}, {"[]", "expected a JSON object"},
+    };
+    write_parts(bad, "part", whole);
     for (size_t i = 0; i < sizeof maps / sizeof *maps; i++) {
-        write_text(index, replaced("{\"weight_map\":X}", "X", maps[i][0]));
-        if (maps[i][1]) expect_error(2, maps[i][1], eval);
+        write_text(index, replaced("{\"weight_map\":X}}", "X",
+                                   replaced(map, maps[i][0], maps[i][1])));
+        if (maps[i][2]) expect_error(2, maps[i][2], eval);
         else expect_success(eval);
     }
+    for (size_t i = 0; i < sizeof no_maps / sizeof *no_maps; i++) {
+        write_text(index, no_maps[i][0]);
+        expect_error(2, no_maps[i][1], eval);
+    }
+    write_parts(bad, "model.safetensors", whole); // goes before an index, as in transformers
+    expect_success(eval);
+    remove(path);
+    REQUIRE(!mkfifo(path, 0600), "no pipe: %s", strerror(errno));
+    expect_error(2, "not a regular file", eval);
+}
+
+// Released FP8 weights: matrices in E4M3 with a scale for each block of 128 x 128.
+static void test_load_fp8(void)
+{
+    Config c = small_config();
+    c.V = 256, c.C = 130, c.F = 257, c.Tmax = 16, c.L = 2, c.D = 0;
+    Model m = random_model(&c, 0, 63);
+    char *path = in_directory("fp8"), *config = in_path(path, "config.json");
+    size_t n, at = 0, length = 1, text_length;
+    Entry *e = list_entries(&m.layout, m.weights, "", &n);
+    Parts p = {(char *)room(1 << 16, 1), (char *)room(2 * m.layout.elements, 4), 0};
+    real *expected = reals(m.layout.elements);
+    *p.header = '{';
+    for (size_t i = 0; i < n; i++) {
+        real *to = expected + (e[i].data - m.weights);
+        size_t size = entry_size(&e[i]), cols = e[i].shape[1], across = (cols + 127) / 128;
+        size_t down = (e[i].shape[0] + 127) / 128;
+        if (e[i].dims == 1) {
+            memcpy(p.data + at, e[i].data, 4 * size);
+            memcpy(to, e[i].data, 4 * size);
+            APPEND(p.header, length, "\"%s\":{\"dtype\":\"F32\",\"shape\":[%zu],\"data_offsets\":"
+                   "[%zu,%zu]},", e[i].name, size, at, at + 4 * size);
+            at += 4 * size;
+            continue;
+        }
+        APPEND(p.header, length, "\"%s\":{\"dtype\":\"F8_E4M3\",\"shape\":[%zu,%zu],"
+               "\"data_offsets\":[%zu,%zu]},\"%s_scale_inv\":{\"dtype\":\"F32\",\"shape\":[%zu,%zu],"
+               "\"data_offsets\":[%zu,%zu]},", e[i].name, e[i].shape[0], cols, at, at + size,
+               e[i].name, down, across, at + size, at + size + 4 * down * across);
+        float *scale = (float *)room(down * across, sizeof(float));
+        for (size_t j = 0; j < down * across; j++)
+            scale[j] = (float)(1e-3 * (0.5 + random_uniform(7, i, j)));
+        for (size_t j = 0; j < size; j++) {
+            unsigned code = (unsigned)(j < 256 ? j : random_u64(8, i, j) & 255);
+            if ((code & 127) == 127) code = 126; // 448; 127 is NaN
+            p.data[at + j] = (char)code;
+            to[j] = (float)decoded(code, 4, 3) * scale[j / cols / 128 * across + j % cols / 128];
+        }
+        memcpy(p.data + at + size, scale, 4 * down * across);
+        at += size + 4 * down * across;
+    }
+    p.header[length - 1] = '}';
+    p.n = at;
+    make_directory(path);
+    config_save(&c, path);
+    write_parts(path, "model.safetensors", p);
+    char *plain = file_text(config, &text_length);
+#define QUANTIZED(method, block) replaced(plain, "{", "{\"quantization_config\":{\"activation_scheme" \
+    "\":\"dynamic\",\"fmt\":\"e4m3\",\"quant_method\":\"" method "\",\"weight_block_size\":" block "},")
+    write_text(config, QUANTIZED("fp8", "[128,128]"));
+    Model loaded = model_load(path, 0);
+    for (size_t i = 0; i < m.layout.elements; i++)
+        EXPECT(loaded.weights[i] == expected[i], "number %zu: expected %.9g, got %.9g", i,
+               expected[i], loaded.weights[i]);
+    const char *const *eval = ARGS("eval", "--model", path, "--data", excerpt);
+    write_text(config, QUANTIZED("fp8", "[64,128]"));
+    expect_error(2, "weight_block_size must be [128, 128]", eval);
+    write_text(config, QUANTIZED("awq", "[128,128]"));
+    expect_error(2, "quant_method is awq", eval);
+    write_text(config, replaced(plain, "{", "{\"quantization_config\":1,"));
+    expect_error(2, "quantization_config must be an object", eval);
+    write_text(config, plain);
+    static const char *const cases[][3] = { // from, to, message
+        {"embed_tokens.weight_scale_inv", "embed_tokens.weight_scale",
+         "embed_tokens.weight_scale_inv: is missing"},
+        {"\"F32\",\"shape\":[2,2]", "\"F32\",\"shape\":[4,1]", "has shape [4, 1], expected [2, 2]"},
+        {"\"F32\",\"shape\":[2,2]", "\"BF16\",\"shape\":[2,4]", "expected [2, 2]"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Parts other = p;
+        other.header = replaced(p.header, cases[i][0], cases[i][1]);
+        write_parts(path, "model.safetensors", other);
+        expect_error(2, cases[i][2], eval);
+    }
+    for (int sign = 0; sign < 2; sign++) { // the embedding comes first
+        p.data[3] = (char)(sign ? 0xFF : 0x7F);
+        write_parts(path, "model.safetensors", p);
+        expect_error(2, "model.embed_tokens.weight: element 3 is not a finite number", eval);
+    }
+    p.data[3] = 0;
+    memcpy(p.data + c.V * c.C + 4, "\0\0\x80\x7F", 4);
+    write_parts(path, "model.safetensors", p);
+    expect_error(2, "weight_scale_inv: element 1 is not a finite number", eval);
+    model_free(&loaded);
+    model_free(&m);
 }
 
 static void test_damaged_config(void)
@@ -2182,6 +2319,8 @@ static void test_damaged_config(void)
         {"hidden_size\": 13", "hidden_size\": 1.5", "hidden_size is 1.5"},
         {"hidden_size\": 13", "hidden_size\": 1e12", "must be a whole number from 0 to"},
         {"hidden_size\": 13", "hidden_size\": \"13\"", "hidden_size must be a number"},
+        {"hidden_size\": 13", "hidden_size\": true", "hidden_size must be a number"},
+        {"hidden_size\": 13", "hidden_size\": null", "hidden_size is 0"},
         {"hidden_size\": 13", "hidden_size\": 13, \"hidden_size\": 13", "appears twice"},
         {"hidden_size\": 13", "hidden_size\": 14", "model.embed_tokens.weight"},
         {"hidden_size\": 13", "hid_size\": 13", "hidden_size is missing"},
