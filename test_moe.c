@@ -2623,6 +2623,268 @@ static void test_check_dump(void)
     acts_free(&a);
     model_free(&m);
 }
+// ------------------------------------------------------------------------------------------------
+// Runs that end early
+
+static const char *const run_files[] = {"optimizer.safetensors", "model.safetensors", "log.csv"};
+
+// config.json of a model that trains in a millisecond a step.
+static char *tiny_config(void)
+{
+    Config c = trainable_config();
+    c.C = c.Tmax = 8;
+    config_save(&c, directory);
+    return in_directory("config.json");
+}
+
+// Starts a tiny run in `name`, which ends after `stop` steps of a million, having saved each.
+static char *tiny_run(const char *name, const char *stop)
+{
+    char *out = in_directory(name);
+    expect_success(ARGS("train", "--config", tiny_config(), "--data", excerpt, "--out", out,
+                        "--steps", "1000000", "--save-every", "1", "--batch", "2", "--tokens", "0",
+                        "--val-every", "0", "--stop-after", stop));
+    return out;
+}
+
+static size_t saved_step(const char *run) // after which it was saved
+{
+    Shard s = shard_open(run, state_name);
+    size_t step = parse_Count("step", state_value(&s, "step"));
+    shard_close(&s);
+    return step;
+}
+
+// The files of two runs must be the same to the last byte.
+static void expect_same_runs(const char *a, const char *b)
+{
+    for (size_t i = 0; i < 3; i++) {
+        size_t n[2];
+        const char *x = file_text(in_path(a, run_files[i]), &n[0]);
+        const char *y = file_text(in_path(b, run_files[i]), &n[1]);
+        EXPECT(n[0] == n[1] && !memcmp(x, y, n[0]), "%s differs between %s and %s", run_files[i], a,
+               b);
+    }
+}
+
+// A run stopped and resumed ends as one that was not, to the last bit.
+static void test_resume_is_exact(void)
+{
+    char *config = tiny_config();
+    for (int variant = 0; variant < 2; variant++) {
+        char *out[2];
+        for (int stopped = 0; stopped < 2; stopped++) {
+            out[stopped] = in_directory(label("exact-%d-%d", variant, stopped));
+            expect_success(ARGS("train", "--config", config, "--data", excerpt, "--out",
+                                out[stopped], "--steps", "40", "--batch", "2", "--val-every", "10",
+                                "--tokens", "0", "--save-every", "15", "--optimizer",
+                                variant ? "adamw" : "muon", "--accumulate", variant ? "2" : "1",
+                                "--stop-after", stopped ? "17" : "0"));
+        }
+        EXPECT(saved_step(out[1]) == 17, "saved step %zu, not 17", saved_step(out[1]));
+        expect_success(ARGS("train", "--resume", out[1]));
+        expect_same_runs(out[0], out[1]);
+    }
+}
+
+static void sleep_for(double seconds)
+{
+    struct timespec t = {(time_t)seconds, (long)(fmod(seconds, 1) * 1e9)};
+    nanosleep(&t, NULL);
+}
+
+// Killed at any instant, saving among them, a run leaves a whole checkpoint to go on from.
+static void test_killed_while_saving(void)
+{
+    enum { KILLS = 50 };
+    char *run = tiny_run("killed", "1"), *text = in_directory("few.txt");
+    size_t last = 1, steps = 0, unfinished = 0;
+    write_text(text, "To be, or not to be");
+    double start = now();
+    const char *const *more = ARGS("train", "--resume", run, "--stop-after", "1"); // one step
+    expect_success(more);
+    double once = now() - start;
+    for (size_t i = 0; i < KILLS; i++) {
+        pid_t child = start_moe(ARGS("train", "--resume", run));
+        sleep_for(once * (0.3 + 1.7 * random_uniform(11, 0, i)));
+        kill(child, SIGKILL);
+        Ran r = end_moe(child);
+        REQUIRE(r.status == -SIGKILL, "kill %zu: it ended by itself: status %d (%s)", i, r.status,
+                r.err);
+        for (size_t f = 0; f < 2; f++)
+            unfinished += !access(in_path(run, label("%s.tmp", run_files[f])), F_OK);
+        if (expect_success(ARGS("eval", "--model", run, "--data", text)).status) return;
+        if (expect_success(more).status) return;
+        size_t step = saved_step(run);
+        REQUIRE(step > last, "kill %zu: step %zu after step %zu", i, step, last);
+        steps += step - last - 1;
+        last = step;
+    }
+    EXPECT(steps > 0, "no run that was killed had saved a step");
+    snprintf(remark, sizeof remark, "%d kills, %zu in mid-save, after %zu saved steps", KILLS,
+             unfinished, steps);
+}
+
+// What a run leaves that could not save: one line, the last checkpoint, a way to go on.
+static void expect_failed_save(const char *run, const char *reference, int status)
+{
+    const char *const *resume = ARGS("train", "--resume", run, "--stop-after", "4");
+    Ran r = run_moe(resume);
+    char *end = strchr(r.err, '\n');
+    EXPECT(r.status == status && end && !end[1] && strstr(r.err, "cannot write"),
+           "expected status %d and one line, got %d, '%s'", status, r.status, r.err);
+    EXPECT(saved_step(run) == 3, "step 3 became %zu", saved_step(run));
+    file_limit = 0, obeys_modes = 0;
+    chmod(run, 0755);
+    for (size_t i = 0; i < 2; i++)
+        EXPECT(access(in_path(run, label("%s.tmp", run_files[i])), F_OK), "a .tmp was left");
+    expect_success(resume);
+    expect_same_runs(run, reference);
+}
+
+static void test_disk_full(void)
+{
+    char *reference = tiny_run("unlimited", "4");
+    size_t size[2];
+    for (size_t i = 0; i < 2; i++) file_text(in_path(reference, run_files[i]), &size[i]);
+    for (size_t i = 0; i < 2; i++) {
+        char *run = tiny_run(label("full-%zu", i), "3");
+        file_limit = size[i] - 1;
+        expect_failed_save(run, reference, 1);
+    }
+#ifdef __linux__
+    int status = system(label("%s eval --model %s --data %s >/dev/full 2>&1",
+                              getenv("MOE") ? getenv("MOE") : "./moe", reference,
+                              in_path(reference, "log.csv")));
+    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 1, "nobody saw that /dev/full is full");
+#endif
+}
+
+static void test_read_only_directory(void)
+{
+    char *reference = tiny_run("writable", "4"), *run = tiny_run("read-only", "3");
+    obeys_modes = 1;
+    Ran r = run_moe(ARGS("--help"));
+    if (r.status == CANNOT_OBEY) {
+        obeys_modes = 0;
+        snprintf(remark, sizeof remark, "not tested: root may write anywhere");
+        return;
+    }
+    chmod(run, 0555);
+    expect_error(2, "cannot make this directory", ARGS("train", "--config", tiny_config(), "--data",
+                                                       excerpt, "--out", in_path(run, "new")));
+    expect_failed_save(run, reference, 2);
+}
+
+// Waits until the program has printed this.
+static void wait_for(const char *text)
+{
+    char *out = in_directory("stdout");
+    for (int i = 0; i < 4000; i++, sleep_for(0.005)) {
+        size_t n;
+        char *is = access(out, F_OK) ? NULL : read_file(out, &n, 1 << 24);
+        int seen = is && strstr(is, text);
+        free(is);
+        if (seen) return;
+    }
+    fail("the program never printed '%s'", text);
+}
+
+// The first SIGINT or SIGTERM saves and stops, the second stops at once.
+static void test_signals(void)
+{
+    static const int signals[] = {SIGINT, SIGTERM};
+    for (size_t i = 0; i < 2; i++) {
+        char *run = tiny_run(label("signal-%d", signals[i]), "1");
+        pid_t child = start_moe(ARGS("train", "--resume", run, "--save-every", "0", "--log-every",
+                                     "1"));
+        wait_for("step 5/");
+        kill(child, signals[i]);
+        Ran r = end_moe(child);
+        EXPECT(r.status == 128 + signals[i], "signal %d: status %d (%s)", signals[i], r.status,
+               r.err);
+        EXPECT(strstr(r.out, label("moe train --resume %s", run)), "signal %d: '%s' does not say "
+               "how to go on", signals[i], r.out);
+        size_t step = saved_step(run);
+        EXPECT(step >= 5, "signal %d: saved step %zu", signals[i], step);
+        expect_success(ARGS("train", "--resume", run, "--stop-after", "1"));
+        EXPECT(saved_step(run) == step + 1, "signal %d: went on with %zu", signals[i],
+               saved_step(run));
+    }
+    char *out = in_directory("slow");
+    pid_t child = start_moe(ARGS("train", "--config", tiny_config(), "--data", excerpt, "--out",
+                                 out, "--accumulate", "1000000")); // a step without end
+    wait_for("threads\n");
+    kill(child, SIGINT);
+    sleep_for(0.2);
+    EXPECT(waitpid(child, NULL, WNOHANG) == 0, "the first SIGINT ended it within a step");
+    kill(child, SIGINT);
+    double start = now();
+    Ran r = end_moe(child);
+    EXPECT(r.status == -SIGINT && now() - start < 5, "the second SIGINT: status %d after %.1f s",
+           r.status, now() - start);
+}
+
+// A step that is not finite is skipped and said; after five the run ends. What was saved is finite.
+static void test_not_finite(void)
+{
+    char *run = tiny_run("not-finite", "3");
+    Ran r = run_moe(ARGS("train", "--resume", run, "--lr", "1e30"));
+    size_t skipped = 0;
+    for (const char *s = r.out; (s = strstr(s, ": skipped")); s++) skipped++;
+    EXPECT(r.status == 1 && strstr(r.err, "try a smaller --lr"), "status %d, '%s'", r.status,
+           r.err);
+    EXPECT(skipped == 5 || strstr(r.err, "no longer finite"), "%zu steps skipped: %s", skipped,
+           r.err);
+    Model m = model_load(run, 0); // dies if a weight is not finite
+    model_free(&m);
+    expect_success(ARGS("eval", "--model", run, "--data", excerpt));
+}
+
+// Memory that is not there is refused before anything is allocated or written.
+static void test_memory_refused(void)
+{
+    char *model = saved_model("large"), *config = in_path(model, "config.json");
+    char *out = in_directory("refused");
+    static const char *const batches[] = {"1000000000", "1099511627776"};
+    double start = now();
+    for (size_t i = 0; i < 2; i++)
+        expect_error(1, " MB of memory", ARGS("train", "--config", config, "--data", excerpt,
+                                              "--out", out, "--batch", batches[i]));
+    EXPECT(access(out, F_OK), "%s was made", out);
+    REFUSED("--tokens", "sample", "--model", model, "--tokens", "1099511627776");
+    Config v3 = config_preset(DEEPSEEK_V3);
+    config_save(&v3, model); // its weights are a tiny model's
+    expect_error(1, " MB of memory", ARGS("eval", "--model", model, "--data", excerpt));
+    EXPECT(now() - start < 5, "it took %.1f s", now() - start);
+}
+
+// The largest model's sizes pass 2^32 without wrapping.
+static void test_sizes_beyond_int(void)
+{
+    Config c = config_preset(DEEPSEEK_V3);
+    Layout p = layout_make(&c);
+    size_t at = 0, large = 0;
+    double sum = 0;
+    for (size_t i = 0; i < p.tensors; i++) {
+        const Tensor *t = &p.tensor[i];
+        EXPECT(t->offset == at, "tensor %zu lies at %zu, expected %zu", i, t->offset, at);
+        EXPECT((double)tensor_size(t) == (double)t->count * (double)t->rows * (double)t->cols,
+               "tensor %zu has %zu elements", i, tensor_size(t));
+        at += ceil_div(tensor_size(t), 16) * 16;
+        sum += (double)t->count * (double)t->rows * (double)t->cols;
+        large += tensor_size(t) > INT_MAX;
+    }
+    EXPECT(p.elements == at && (double)parameters(&p) == sum, "%zu elements, expected %zu",
+           p.elements, at);
+    EXPECT(large == 3 * 59 && sum > 682e9, "%zu tensors pass 2^31, of %g elements", large, sum);
+    free(p.tensor);
+    Acts one = acts_plan(&c, 1, 4096, 1), many = acts_plan(&c, 4096, 4096, 1);
+    double ratio = (double)many.arena.used / (double)one.arena.used;
+    EXPECT(ratio > 4095 && ratio <= 4096, "4096 sequences take %g times the memory of one", ratio);
+    acts_free(&one);
+    acts_free(&many);
+}
 #endif // not MOE_DOUBLE
 
 // ------------------------------------------------------------------------------------------------
@@ -2657,8 +2919,10 @@ static const Test tests[] = {
     BOTH(latent_attention) BOTH(decode) BOTH(window) BOTH(generate)
 #ifndef MOE_DOUBLE
     TEST(generate_trained) TEST(sample_token) TEST(json) TEST(save_load) TEST(load_dtypes_shards)
-    TEST(damaged_weights) TEST(damaged_config) TEST(window_start) TEST(schedule) TEST(text_loss)
-    TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump)
+    TEST(load_fp8) TEST(damaged_weights) TEST(damaged_config) TEST(sizes_beyond_int)
+    TEST(window_start) TEST(schedule) TEST(text_loss) TEST(command_line_errors) TEST(help)
+    TEST(train_and_use) TEST(check_dump) TEST(resume_is_exact) TEST(killed_while_saving)
+    TEST(disk_full) TEST(read_only_directory) TEST(signals) TEST(not_finite) TEST(memory_refused)
 #endif
 };
 
