@@ -2135,8 +2135,8 @@ static void test_damaged_weights(void)
         {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[9e15,9e15],"), 0, "its shape needs"},
         {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[9007199254740993],"), 0, "whole numbers"},
         {"model.norm.weight", "model.norm.weight\\u000a", 0, "model.norm.weight"},
-        {"{\"__metadata__\"", "{\"none\":{\"dtype\":\"F32\",\"shape\":[0,9],\"data_offsets\":[0,0]},"
-         "\"__metadata__\"", 0, "none: config.json has no place for it"},
+        {"{", "{\"none\":{\"dtype\":\"F32\",\"shape\":[0,9],\"data_offsets\":[0,0]},", 0,
+         "none: config.json has no place for it"},
         {"\"shape\":[256,13]", "\"shape\":[13,256]", 0, "model.embed_tokens.weight"},
         {"[0,13312]", "[4,13316]", 0, "overlaps or leaves a gap"},
         {"[0,13312]", "[13312,0]", 0, "its offsets are [13312, 0]"},
@@ -2239,9 +2239,9 @@ static void test_load_fp8(void)
             continue;
         }
         APPEND(p.header, length, "\"%s\":{\"dtype\":\"F8_E4M3\",\"shape\":[%zu,%zu],"
-               "\"data_offsets\":[%zu,%zu]},\"%s_scale_inv\":{\"dtype\":\"F32\",\"shape\":[%zu,%zu],"
-               "\"data_offsets\":[%zu,%zu]},", e[i].name, e[i].shape[0], cols, at, at + size,
-               e[i].name, down, across, at + size, at + size + 4 * down * across);
+               "\"data_offsets\":[%zu,%zu]},\"%s_scale_inv\":{\"dtype\":\"F32\","
+               "\"shape\":[%zu,%zu],\"data_offsets\":[%zu,%zu]},", e[i].name,
+               e[i].shape[0], cols, at, at + size, e[i].name, down, across, at + size, at + size + 4 * down * across);
         float *scale = (float *)room(down * across, sizeof(float));
         for (size_t j = 0; j < down * across; j++)
             scale[j] = (float)(1e-3 * (0.5 + random_uniform(7, i, j)));
@@ -2260,8 +2260,9 @@ static void test_load_fp8(void)
     config_save(&c, path);
     write_parts(path, "model.safetensors", p);
     char *plain = file_text(config, &text_length);
-#define QUANTIZED(method, block) replaced(plain, "{", "{\"quantization_config\":{\"activation_scheme" \
-    "\":\"dynamic\",\"fmt\":\"e4m3\",\"quant_method\":\"" method "\",\"weight_block_size\":" block "},")
+#define QUANTIZED(method, block) \
+    replaced(plain, "{", "{\"quantization_config\":{\"activation_scheme\":\"dynamic\"," \
+             "\"fmt\":\"e4m3\",\"quant_method\":\"" method "\",\"weight_block_size\":" block "},")
     write_text(config, QUANTIZED("fp8", "[128,128]"));
     Model loaded = model_load(path, 0);
     for (size_t i = 0; i < m.layout.elements; i++)
