@@ -2724,7 +2724,13 @@ static Config config_from_json(const Json *j, const char *file)
     if (json_get(j, #key)) c.symbol = config_number(json_get(j, #key), file, #key);
     CONFIG_SIZES(READ_SIZE)
     CONFIG_REALS(READ_REAL)
-    const Json *yarn = json_get(j, "rope_scaling");
+    const Json *yarn = json_get(j, "rope_scaling"), *rope = json_get(j, "rope_parameters");
+    if (rope && rope->type == JSON_OBJECT) { // as transformers 5 writes both
+        const Json *theta = json_get(rope, "rope_theta"), *type = json_get(rope, "rope_type");
+        if (theta) c.theta = config_number(theta, file, "rope_theta");
+        int is_default = type && type->type == JSON_STRING && !strcmp(type->string, "default");
+        yarn = is_default ? NULL : rope;
+    }
     if (yarn && yarn->type != JSON_NULL) {
         if (yarn->type != JSON_OBJECT) die(BAD_INPUT, "%s: rope_scaling must be an object", file);
         config_expect(yarn, file, "type", "yarn");
@@ -2738,6 +2744,7 @@ static Config config_from_json(const Json *j, const char *file)
     config_expect(j, file, "model_type", "deepseek_v3");
     config_expect(j, file, "scoring_func", "sigmoid");
     config_expect(j, file, "topk_method", "noaux_tc");
+    config_expect(j, file, "seq_aux", "true");
     config_expect(j, file, "hidden_act", "silu");
     config_expect(j, file, "attention_bias", "false");
     config_expect(j, file, "tie_word_embeddings", "false");

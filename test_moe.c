@@ -2241,7 +2241,8 @@ static void test_load_fp8(void)
         APPEND(p.header, length, "\"%s\":{\"dtype\":\"F8_E4M3\",\"shape\":[%zu,%zu],"
                "\"data_offsets\":[%zu,%zu]},\"%s_scale_inv\":{\"dtype\":\"F32\","
                "\"shape\":[%zu,%zu],\"data_offsets\":[%zu,%zu]},", e[i].name,
-               e[i].shape[0], cols, at, at + size, e[i].name, down, across, at + size, at + size + 4 * down * across);
+               e[i].shape[0], cols, at, at + size, e[i].name, down, across, at + size,
+               at + size + 4 * down * across);
         float *scale = (float *)room(down * across, sizeof(float));
         for (size_t j = 0; j < down * across; j++)
             scale[j] = (float)(1e-3 * (0.5 + random_uniform(7, i, j)));
@@ -2301,6 +2302,33 @@ static void test_load_fp8(void)
     model_free(&m);
 }
 
+// Where the angles stand in a config.json does not matter.
+static void test_rope_parameters(void)
+{
+    static const char *const same[][2] = { // rope_scaling beside a rope_theta, rope_parameters
+        {"null", "{\"rope_type\": \"default\", \"rope_theta\": 5e4}"},
+        {"{\"type\": \"yarn\", \"factor\": 40, \"beta_fast\": 31}",
+         "{\"rope_type\": \"yarn\", \"factor\": 40, \"beta_fast\": 31, \"rope_theta\": 5e4}"},
+    };
+    Config c = small_config();
+    char *path = in_directory("config.json");
+    size_t n;
+    c.theta = 5e4;
+    for (size_t i = 0; i < 2; i++) {
+        config_save(&c, directory);
+        char *text = file_text(path, &n);
+        write_text(path, replaced(text, "rope_scaling\": null", label("rope_scaling\": %s",
+                                                                      same[i][0])));
+        Config a = config_load(path);
+        write_text(path, replaced(replaced(text, "rope_theta", "x"), "rope_scaling\": null",
+                                  label("rope_parameters\": %s", same[i][1])));
+        Config b = config_load(path);
+        EXPECT(a.theta == 5e4 && b.theta == 5e4 && a.yarn_factor == (i ? 40 : 0) &&
+               b.yarn_factor == a.yarn_factor && b.yarn_fast == a.yarn_fast, "%s: theta %g, factor "
+               "%g", same[i][1], b.theta, b.yarn_factor);
+    }
+}
+
 static void test_damaged_config(void)
 {
     size_t n;
@@ -2333,6 +2361,8 @@ static void test_damaged_config(void)
         {"rope_scaling\": null", "rope_scaling\": {\"type\": \"linear\"}", "type is linear"},
         {"rope_scaling\": null", "rope_scaling\": {\"factor\": 0.5}", "factor >= 1"},
         {"rope_scaling\": null", "rope_scaling\": 4", "rope_scaling must be an object"},
+        {"rope_scaling\": null", "rope_parameters\": {\"rope_type\": \"llama3\"}", "is llama3"},
+        {"seq_aux\": true", "seq_aux\": false", "seq_aux is false"},
         {"rms_norm_eps\": ", "rms_norm_eps\": 0, \"x\":", "rms_norm_eps must be above 0"},
         {"key_value_heads\": 2", "key_value_heads\": 1", "num_key_value_heads must equal"},
     };
@@ -2920,10 +2950,11 @@ static const Test tests[] = {
     BOTH(latent_attention) BOTH(decode) BOTH(window) BOTH(generate)
 #ifndef MOE_DOUBLE
     TEST(generate_trained) TEST(sample_token) TEST(json) TEST(save_load) TEST(load_dtypes_shards)
-    TEST(load_fp8) TEST(damaged_weights) TEST(damaged_config) TEST(sizes_beyond_int)
-    TEST(window_start) TEST(schedule) TEST(text_loss) TEST(command_line_errors) TEST(help)
-    TEST(train_and_use) TEST(check_dump) TEST(resume_is_exact) TEST(killed_while_saving)
-    TEST(disk_full) TEST(read_only_directory) TEST(signals) TEST(not_finite) TEST(memory_refused)
+    TEST(load_fp8) TEST(damaged_weights) TEST(damaged_config) TEST(rope_parameters)
+    TEST(sizes_beyond_int) TEST(window_start) TEST(schedule) TEST(text_loss)
+    TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump)
+    TEST(resume_is_exact) TEST(killed_while_saving) TEST(disk_full) TEST(read_only_directory)
+    TEST(signals) TEST(not_finite) TEST(memory_refused)
 #endif
 };
 
