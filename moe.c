@@ -3758,11 +3758,11 @@ static double state_loss(const Shard *s, const char *key)
 // Takes the options that a run was started with, and the directory it is in.
 static void options_from_state(Options *o, const char *directory)
 {
-    Shard *s = (Shard *)host_alloc(1, sizeof(Shard)); // stays, as the options point into it
-    *s = shard_open(directory, state_name);
+    static Shard s; // stays open, as the options point into it
+    s = shard_open(directory, state_name);
 #define TAKE_OPTION(commands, type, field, name, ...) \
     if ((commands) & SAVED) \
-        o->field = parse_##type(name, state_value(s, "--" name));
+        o->field = parse_##type(name, state_value(&s, "--" name));
     OPTIONS(TAKE_OPTION)
     o->model = o->resume = o->out = directory;
 }
