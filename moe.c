@@ -3790,20 +3790,22 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
             o->resume, r->step);
 }
 
-// Opens log.csv with the rows of the steps that are done, and nothing after them.
-static FILE *log_open(const Run *r, const char *directory)
+// Opens log.csv with the rows of the steps that are done, and nothing after them. They are gone if
+// another run began in the directory and was killed before it saved.
+static FILE *log_open(const Run *r, const Options *o)
 {
     static const char head[] =
         "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr\n";
-    char *path = path_join(directory, "log.csv");
+    char *path = path_join(o->out, "log.csv");
     if (r->step > 0) {
         size_t size, rows = 0;
-        char *old = read_file(path, &size, (size_t)1 << 40), *end = old;
+        char *from = path_join(o->resume, "log.csv");
+        char *old = read_file(from, &size, (size_t)1 << 40), *end = old;
         while (rows <= r->step && (end = strchr(end, '\n'))) end++, rows++;
-        if (!end) die(BAD_INPUT, "%s: has fewer rows than the run had steps, %zu", path, r->step);
         Output out = output_open(path);
-        output_write(&out, old, (size_t)(end - old));
+        output_write(&out, end ? old : head, end ? (size_t)(end - old) : sizeof head - 1);
         output_close(&out);
+        free(from);
         free(old);
     }
     FILE *log = fopen(path, r->step > 0 ? "a" : "w");
@@ -3904,7 +3906,7 @@ static int command_train(const Options *o)
     Model m = *o->resume ? model_make(c, 1) : model_from_options(o, c, 1);
     Optimizer opt = optimizer_make(&m);
     if (*o->resume) run_load(&r, o, &m, &opt);
-    FILE *log = log_open(&r, o->out);
+    FILE *log = log_open(&r, o);
     Acts a = acts_make(c, r.B, r.T, 1);
     size_t n_val = r.text.n - r.n_train, bad = 0;
     int muon = !strcmp(o->optimizer, "muon");
