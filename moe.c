@@ -73,19 +73,26 @@ typedef float accum;
 #define THREAD_LOCAL _Thread_local
 #endif
 
+#ifndef MOE_EXIT // the fuzz target goes on instead
+#define MOE_EXIT exit
+#endif
+
+// Ends the program with one line, whatever control characters stand in a file's names.
 #if defined __GNUC__
 __attribute__((noreturn, format(printf, 2, 3)))
 #endif
 static void die(int status, const char *format, ...)
 {
+    char text[2048];
     va_list args;
     va_start(args, format);
-    fflush(stdout);
-    fputs("moe: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    exit(status);
+    for (char *s = text; *s; s++)
+        if (iscntrl((unsigned char)*s)) *s = '?';
+    fflush(stdout);
+    fprintf(stderr, "moe: %s\n", text);
+    MOE_EXIT(status);
 }
 
 enum { FAILED = 1, BAD_INPUT = 2 };  // exit statuses
@@ -1594,6 +1601,9 @@ static Acts acts_plan(const Config *c, size_t B, size_t T, int training)
     a.depths = training ? min_size(c->D, T - 1) : 0; // depth k needs T > k
     a.B = B;
     a.T = T;
+    if (B > ((size_t)1 << 40) / T) // so that no size below overflows
+        die(FAILED, "%zu sequences of %zu tokens need more than 1000000 MB of memory; use a "
+            "smaller --batch or --seq", B, T);
     a.layer = (LayerActs *)host_alloc(c->L + a.depths, sizeof(LayerActs));
     a.batch = (Batch *)host_alloc(a.depths + 1, sizeof(Batch));
     acts_bind(&a, c);
@@ -1603,6 +1613,9 @@ static Acts acts_plan(const Config *c, size_t B, size_t T, int training)
 static Acts acts_make(const Config *c, size_t B, size_t T, int training)
 {
     Acts a = acts_plan(c, B, T, training);
+    if (B * T > INT_MAX / (c->K + 1)) // rows of experts are numbered by ints
+        die(BAD_INPUT, "--batch %zu --seq %zu: at most %zu tokens are taken at once", B, T,
+            INT_MAX / (c->K + 1));
     a.arena.base = (char *)device_alloc(a.arena.used);
     acts_bind(&a, c);
     a.rope = rope_table(c, T);
@@ -2223,6 +2236,8 @@ static Decoder decoder_plan(const Model *m, size_t slots, size_t window, size_t 
     s.capacity = window + max_rows; // new rows must not push out what the first of them sees
     s.max_rows = max_rows;
     s.positions = positions;
+    if (positions > INT_MAX)
+        die(BAD_INPUT, "--tokens: a text of %zu tokens; at most %d are taken", positions, INT_MAX);
     s.c_kv = (real **)host_alloc(layers(&m->config), sizeof(real *));
     s.k_pe = (real **)host_alloc(layers(&m->config), sizeof(real *));
     s.slots = slots;
@@ -2409,18 +2424,26 @@ static Generation generate(Decoder *s, const Sampler *sampler, int *text, size_t
 // ------------------------------------------------------------------------------------------------
 // 8  Files
 
+// Opens a regular file; opening a pipe could wait for ever.
+static FILE *open_file(const char *path, size_t *size)
+{
+    struct stat st;
+    FILE *f = NULL;
+    if (!stat(path, &st)) {
+        if (!S_ISREG(st.st_mode)) die(BAD_INPUT, "%s: not a regular file", path);
+        f = fopen(path, "rb");
+    }
+    if (!f) die(BAD_INPUT, "%s: cannot open: %s", path, strerror(errno));
+    *size = (size_t)st.st_size;
+    return f;
+}
+
 // The whole file, with a 0 after it; at most `most` bytes.
 static char *read_file(const char *path, size_t *size, size_t most)
 {
-    FILE *f = fopen(path, "rb");
-    if (!f) die(BAD_INPUT, "%s: cannot open: %s", path, strerror(errno));
-    struct stat st;
-    if (fstat(fileno(f), &st)) die(BAD_INPUT, "%s: cannot stat: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode)) die(BAD_INPUT, "%s: not a regular file", path);
-    if ((uint64_t)st.st_size > most)
-        die(BAD_INPUT, "%s: %lld bytes is too large; at most %zu are taken", path,
-            (long long)st.st_size, most);
-    *size = (size_t)st.st_size;
+    FILE *f = open_file(path, size);
+    if (*size > most)
+        die(BAD_INPUT, "%s: %zu bytes is too large; at most %zu are taken", path, *size, most);
     char *data = (char *)host_alloc(*size + 1, 1);
     if (fread(data, 1, *size, f) != *size)
         die(BAD_INPUT, "%s: cannot read: %s", path, ferror(f) ? strerror(errno) : "it got shorter");
@@ -2437,7 +2460,7 @@ static char *path_join(const char *directory, const char *name)
 }
 
 // JSON, strictly as RFC 8259 has it, at most JSON_DEPTH deep, no key twice. A string's text lies in
-// the parsed buffer, its escapes replaced and a 0 after it.
+// the parsed buffer, its escapes replaced and a 0 after it; all values lie in one array.
 enum { JSON_DEPTH = 32 };
 enum JsonType {
     JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT
@@ -2454,6 +2477,7 @@ typedef struct Json {
 typedef struct {
     const char *file;
     char *begin, *at, *end; // *end is 0
+    Json *next;             // unused value
 } Parser;
 
 static void json_fail(const Parser *p, const char *what)
@@ -2590,7 +2614,7 @@ static void json_unique_keys(const Parser *p, const Json *object)
 
 static Json *json_value(Parser *p, int depth)
 {
-    Json *j = (Json *)host_alloc(1, sizeof(Json));
+    Json *j = p->next++;
     if (depth > JSON_DEPTH) json_fail(p, "nested too deeply");
     if (*p->at == '{' || *p->at == '[') {
         char close = *p->at == '{' ? '}' : ']';
@@ -2633,26 +2657,18 @@ static Json *json_value(Parser *p, int depth)
     return j;
 }
 
-// Parses text[0 .. size), which a 0 follows; file is named in errors.
+// Parses text[0 .. size), which a 0 follows; file is named in errors. One free() frees it all.
 static Json *json_parse(const char *file, char *text, size_t size)
 {
-    Parser p = {file, text, text, text + size};
+    size_t most = 1; // each value but the first follows one of these
+    for (size_t i = 0; i < size; i++) most += text[i] == ',' || text[i] == '[' || text[i] == '{';
+    Parser p = {file, text, text, text + size, (Json *)host_alloc(most, sizeof(Json))};
     json_space(&p);
     Json *j = json_value(&p, 0);
     json_space(&p);
     if (p.at != p.end) json_fail(&p, "something follows the value");
     if (j->type != JSON_OBJECT) die(BAD_INPUT, "%s: expected a JSON object", file);
     return j;
-}
-
-static void json_free(Json *j)
-{
-    while (j) {
-        Json *next = j->next;
-        json_free(j->child);
-        free(j);
-        j = next;
-    }
 }
 
 static const Json *json_get(const Json *object, const char *key)
@@ -2664,7 +2680,6 @@ static const Json *json_get(const Json *object, const char *key)
 
 static double config_number(const Json *j, const char *file, const char *key)
 {
-    if (j->type == JSON_TRUE || j->type == JSON_FALSE) return j->type == JSON_TRUE;
     if (j->type == JSON_NULL) return 0; // "q_lora_rank": null
     if (j->type != JSON_NUMBER) die(BAD_INPUT, "%s: %s must be a number", file, key);
     return j->number;
@@ -2676,6 +2691,8 @@ static size_t config_size(const Json *object, const char *file, const char *key,
 {
     const Json *j = json_get(object, key);
     if (!j && !absent) die(BAD_INPUT, "%s: %s is missing", file, key);
+    if (j && most == 1 && (j->type == JSON_TRUE || j->type == JSON_FALSE))
+        return j->type == JSON_TRUE;
     double x = j ? config_number(j, file, key) : (double)*absent;
     if (!(x >= 0 && x <= most && x == floor(x)))
         die(BAD_INPUT, "%s: %s is %g; it must be a whole number from 0 to %d", file, key, x, most);
@@ -2693,6 +2710,8 @@ static void config_expect(const Json *object, const char *file, const char *key,
         die(BAD_INPUT, "%s: %s is %s; this program knows only %s", file, key, is, value);
 }
 
+enum { FP8_BLOCK = 128 }; // rows, and columns, that share a scale: [V3] 3.3.2
+
 static Config config_from_json(const Json *j, const char *file)
 {
     Config c = config_preset(LAPTOP);
@@ -2706,7 +2725,13 @@ static Config config_from_json(const Json *j, const char *file)
     if (json_get(j, #key)) c.symbol = config_number(json_get(j, #key), file, #key);
     CONFIG_SIZES(READ_SIZE)
     CONFIG_REALS(READ_REAL)
-    const Json *yarn = json_get(j, "rope_scaling");
+    const Json *yarn = json_get(j, "rope_scaling"), *rope = json_get(j, "rope_parameters");
+    if (rope && rope->type == JSON_OBJECT) { // as transformers 5 writes both
+        const Json *theta = json_get(rope, "rope_theta"), *type = json_get(rope, "rope_type");
+        if (theta) c.theta = config_number(theta, file, "rope_theta");
+        int is_default = type && type->type == JSON_STRING && !strcmp(type->string, "default");
+        yarn = is_default ? NULL : rope;
+    }
     if (yarn && yarn->type != JSON_NULL) {
         if (yarn->type != JSON_OBJECT) die(BAD_INPUT, "%s: rope_scaling must be an object", file);
         config_expect(yarn, file, "type", "yarn");
@@ -2720,9 +2745,22 @@ static Config config_from_json(const Json *j, const char *file)
     config_expect(j, file, "model_type", "deepseek_v3");
     config_expect(j, file, "scoring_func", "sigmoid");
     config_expect(j, file, "topk_method", "noaux_tc");
+    config_expect(j, file, "seq_aux", "true");
     config_expect(j, file, "hidden_act", "silu");
     config_expect(j, file, "attention_bias", "false");
     config_expect(j, file, "tie_word_embeddings", "false");
+    const Json *fp8 = json_get(j, "quantization_config"); // how stored_read takes FP8 weights
+    if (fp8 && fp8->type == JSON_OBJECT) {
+        const Json *block = json_get(fp8, "weight_block_size");
+        config_expect(fp8, file, "quant_method", "fp8");
+        config_expect(fp8, file, "fmt", "e4m3");
+        if (!block || block->length != 2 || block->child->number != FP8_BLOCK ||
+            block->child->next->number != FP8_BLOCK)
+            die(BAD_INPUT, "%s: quantization_config: weight_block_size must be [%d, %d]", file,
+                FP8_BLOCK, FP8_BLOCK);
+    } else if (fp8 && fp8->type != JSON_NULL) {
+        die(BAD_INPUT, "%s: quantization_config must be an object", file);
+    }
     const Json *heads = json_get(j, "num_key_value_heads"), *freq = json_get(j, "moe_layer_freq");
     if (heads && config_number(heads, file, "num_key_value_heads") != (double)c.NH)
         die(BAD_INPUT, "%s: num_key_value_heads must equal num_attention_heads, %zu", file, c.NH);
@@ -2738,7 +2776,7 @@ static Config config_load(const char *path)
     char *text = read_file(path, &size, 1 << 20);
     Json *j = json_parse(path, text, size);
     Config c = config_from_json(j, path);
-    json_free(j);
+    free(j);
     free(text);
     return c;
 }
@@ -2959,6 +2997,7 @@ static void model_save(const Model *m, const char *directory)
 // One safetensors file that is being read.
 typedef struct {
     char *path, *text;
+    const char *name;   // the path's last part
     FILE *f;
     Json *header;
     size_t begin, size; // of the data
@@ -2967,22 +3006,19 @@ typedef struct {
 static Shard shard_open(const char *directory, const char *name)
 {
     Shard s;
-    struct stat st;
     unsigned char prefix[8];
     uint64_t length = 0;
     s.path = path_join(directory, name);
-    s.f = fopen(s.path, "rb");
-    if (!s.f) die(BAD_INPUT, "%s: cannot open: %s", s.path, strerror(errno));
-    if (fstat(fileno(s.f), &st) || !S_ISREG(st.st_mode))
-        die(BAD_INPUT, "%s: not a regular file", s.path);
-    if (st.st_size < 8 || fread(prefix, 1, 8, s.f) != 8)
+    s.name = strrchr(s.path, '/') + 1;
+    s.f = open_file(s.path, &s.size);
+    if (s.size < 8 || fread(prefix, 1, 8, s.f) != 8)
         die(BAD_INPUT, "%s: not a safetensors file: shorter than 8 bytes", s.path);
     for (int i = 0; i < 8; i++) length |= (uint64_t)prefix[i] << 8 * i;
-    if (length > (uint64_t)st.st_size - 8 || length > 100 << 20)
+    if (length > s.size - 8 || length > 100 << 20)
         die(BAD_INPUT, "%s: not a safetensors file, or truncated: a header of %llu bytes in a file "
-            "of %lld", s.path, (unsigned long long)length, (long long)st.st_size);
+            "of %zu", s.path, (unsigned long long)length, s.size);
     s.begin = 8 + (size_t)length;
-    s.size = (size_t)st.st_size - s.begin;
+    s.size -= s.begin;
     s.text = (char *)host_alloc((size_t)length + 1, 1);
     if (fread(s.text, 1, (size_t)length, s.f) != length)
         die(BAD_INPUT, "%s: cannot read the header", s.path);
@@ -2993,7 +3029,7 @@ static Shard shard_open(const char *directory, const char *name)
 static void shard_close(Shard *s)
 {
     if (fclose(s->f)) die(BAD_INPUT, "%s: cannot close: %s", s->path, strerror(errno));
-    json_free(s->header);
+    free(s->header);
     free(s->text);
     free(s->path);
 }
@@ -3003,18 +3039,19 @@ typedef struct {
     const char *name;
     const Shard *shard;
     size_t shape[2], dims, begin, end; // begin, end: of its data
-    int dtype, used;
+    int dtype, indexed, used;
 } Stored;
 
-enum { F32, BF16, F16, DTYPES };
-static const char *const dtype_names[DTYPES] = {"F32", "BF16", "F16"};
-static const size_t dtype_sizes[DTYPES] = {4, 2, 2};
+enum { F32, BF16, F16, F8_E4M3, DTYPES };
+static const char *const dtype_names[DTYPES] = {"F32", "BF16", "F16", "F8_E4M3"};
+static const size_t dtype_sizes[DTYPES] = {4, 2, 2, 1};
 
 static size_t header_size(const Shard *s, const Json *j, const char *tensor)
 {
-    if (j->type != JSON_NUMBER || j->number < 0 || j->number > 0x1p53 ||
+    if (j->type != JSON_NUMBER || j->number < 0 || j->number >= 0x1p53 ||
         j->number != floor(j->number))
-        die(BAD_INPUT, "%s: %s: sizes and offsets must be whole numbers", s->path, tensor);
+        die(BAD_INPUT, "%s: %s: sizes and offsets must be whole numbers below 2^53", s->path,
+            tensor);
     return (size_t)j->number;
 }
 
@@ -3036,8 +3073,8 @@ static Stored stored_parse(const Shard *s, const Json *j)
     for (t.dtype = 0; t.dtype < DTYPES; t.dtype++)
         if (!strcmp(dtype->string, dtype_names[t.dtype])) break;
     if (t.dtype == DTYPES)
-        die(BAD_INPUT, "%s: %s: dtype %s is not read; F32, BF16 and F16 are", s->path, t.name,
-            dtype->string);
+        die(BAD_INPUT, "%s: %s: dtype %s is not read; F32, BF16, F16 and F8_E4M3 are", s->path,
+            t.name, dtype->string);
     t.begin = header_size(s, offsets->child, t.name);
     t.end = header_size(s, offsets->child->next, t.name);
     size_t n = dtype_sizes[t.dtype];
@@ -3047,7 +3084,7 @@ static Stored stored_parse(const Shard *s, const Json *j)
     const Json *size = shape->child;
     for (size_t d = 0; d < t.dims; d++, size = size->next) {
         t.shape[d] = header_size(s, size, t.name);
-        n = size_mul(n, t.shape[d]);
+        n = t.shape[d] && n > SIZE_MAX / t.shape[d] ? SIZE_MAX : n * t.shape[d];
     }
     if (t.begin > t.end || t.end > s->size || t.end - t.begin != n)
         die(BAD_INPUT, "%s: %s: its shape needs %zu bytes, its offsets are [%zu, %zu] and the file "
@@ -3063,35 +3100,51 @@ static int compare_names(const void *x, const void *y)
 static int compare_places(const void *x, const void *y)
 {
     const Stored *a = (const Stored *)x, *b = (const Stored *)y;
-    if (a->shard != b->shard) return a->shard < b->shard ? -1 : 1;
     if (a->begin != b->begin) return a->begin < b->begin ? -1 : 1;
     return a->end < b->end ? -1 : a->end > b->end;
 }
 
-// Every tensor of the shards, sorted by name. Data must fill a file without gap or overlap.
-static Stored *stored_list(const Shard *shard, size_t shards, size_t *n)
+// An opened checkpoint: the tensors of all its files.
+typedef struct {
+    const char *directory;
+    Shard *shard;
+    size_t shards, n;
+    Stored *stored; // [n], sorted by name
+} Checkpoint;
+
+// Lists the tensors of the shards. Data must fill a file without gap or overlap.
+static Checkpoint checkpoint_list(const char *directory, Shard *shard, size_t shards)
 {
+    Checkpoint c = {directory, shard, shards, 0, NULL};
     size_t most = 0;
     for (size_t i = 0; i < shards; i++) most += shard[i].header->length;
-    Stored *list = (Stored *)host_alloc(most, sizeof(Stored));
-    *n = 0;
-    for (size_t i = 0; i < shards; i++)
+    c.stored = (Stored *)host_alloc(most, sizeof(Stored));
+    for (size_t i = 0; i < shards; i++) {
+        size_t first = c.n, end = 0;
         for (const Json *j = shard[i].header->child; j; j = j->next)
-            if (strcmp(j->key, "__metadata__")) list[(*n)++] = stored_parse(&shard[i], j);
-    qsort(list, *n, sizeof(Stored), compare_places);
-    for (size_t i = 0; i < *n; i++) {
-        const Stored *t = &list[i], *before = i && t[-1].shard == t->shard ? t - 1 : NULL;
-        int last = i + 1 == *n || t[1].shard != t->shard;
-        if (t->begin != (before ? before->end : 0) || (last && t->end != t->shard->size))
-            die(BAD_INPUT, "%s: %s: its data [%zu, %zu] overlaps or leaves a gap", t->shard->path,
-                t->name, t->begin, t->end);
+            if (strcmp(j->key, "__metadata__")) c.stored[c.n++] = stored_parse(&shard[i], j);
+        qsort(c.stored + first, c.n - first, sizeof(Stored), compare_places);
+        for (const Stored *t = c.stored + first; t < c.stored + c.n; end = t++->end)
+            if (t->begin != end)
+                die(BAD_INPUT, "%s: %s: its data [%zu, %zu] overlaps or leaves a gap",
+                    shard[i].path, t->name, t->begin, t->end);
+        if (end != shard[i].size)
+            die(BAD_INPUT, "%s: leaves a gap of %zu bytes after its last tensor", shard[i].path,
+                shard[i].size - end);
     }
-    qsort(list, *n, sizeof(Stored), compare_names);
-    for (size_t i = 1; i < *n; i++)
-        if (!strcmp(list[i - 1].name, list[i].name))
-            die(BAD_INPUT, "%s: %s: stands in %s too", list[i].shard->path, list[i].name,
-                list[i - 1].shard->path);
-    return list;
+    qsort(c.stored, c.n, sizeof(Stored), compare_names);
+    for (size_t i = 1; i < c.n; i++)
+        if (!strcmp(c.stored[i - 1].name, c.stored[i].name))
+            die(BAD_INPUT, "%s: %s: stands in %s too", c.stored[i].shard->path, c.stored[i].name,
+                c.stored[i - 1].shard->path);
+    return c;
+}
+
+static Stored *checkpoint_find(const Checkpoint *c, const char *name) // NULL: there is none
+{
+    Stored key;
+    key.name = name;
+    return c->n ? (Stored *)bsearch(&key, c->stored, c->n, sizeof key, compare_names) : NULL;
 }
 
 static float half_to_float(uint16_t h)
@@ -3103,12 +3156,24 @@ static float half_to_float(uint16_t h)
     return h >> 15 ? -x : x;
 }
 
-// Reads n numbers of a stored tensor; dies on one that is not finite.
-static void stored_read(const Stored *t, real *to, size_t n)
+static float e4m3_to_float(unsigned char b) // a half with a shorter exponent; all ones: NaN
+{
+    if ((b & 0x7F) == 0x7F) return NAN;
+    return 256 * half_to_float((uint16_t)((b & 0x80) << 8 | (b & 0x7F) << 7));
+}
+
+// Reads a stored tensor; dies on a number that is not finite. scale: of each block of an FP8 one.
+static void stored_read(const Stored *t, const Stored *scale, accum *to)
 {
     const Shard *s = t->shard;
-    size_t size = dtype_sizes[t->dtype];
+    size_t size = dtype_sizes[t->dtype], n = (t->end - t->begin) / size;
+    size_t cols = t->shape[t->dims - 1], across = ceil_div(cols, FP8_BLOCK);
     unsigned char *raw = (unsigned char *)host_alloc(n, size);
+    accum *scales = NULL;
+    if (scale) {
+        scales = (accum *)host_alloc(scale->shape[0] * scale->shape[1], sizeof(accum));
+        stored_read(scale, NULL, scales);
+    }
     if (fseeko(s->f, (off_t)(s->begin + t->begin), SEEK_SET) || fread(raw, size, n, s->f) != n)
         die(BAD_INPUT, "%s: %s: cannot read its data", s->path, t->name);
     for (size_t i = 0; i < n; i++) {
@@ -3119,108 +3184,129 @@ static void stored_read(const Stored *t, real *to, size_t n)
                 (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
         else if (t->dtype == BF16)
             x.u = (uint32_t)b[0] << 16 | (uint32_t)b[1] << 24;
-        else
+        else if (t->dtype == F16)
             x.f = half_to_float((uint16_t)(b[0] | b[1] << 8));
+        else
+            x.f = e4m3_to_float(b[0]) *
+                  (float)scales[i / cols / FP8_BLOCK * across + i % cols / FP8_BLOCK];
         if (!isfinite(x.f))
             die(BAD_INPUT, "%s: %s: element %zu is not a finite number", s->path, t->name, i);
-        to[i] = (real)x.f;
+        to[i] = (accum)x.f;
     }
     free(raw);
+    free(scales);
 }
 
-// Opens model.safetensors, or the files that model.safetensors.index.json names.
-static Shard *shards_open(const char *directory, size_t *n)
+// Opens the files that model.safetensors.index.json names; both must say the same of what is where.
+static Checkpoint checkpoint_open_index(const char *directory, const char *path)
 {
-    char *path = path_join(directory, "model.safetensors.index.json");
-    Shard *shard = NULL;
-    *n = 0;
-    if (access(path, F_OK)) {
-        shard = (Shard *)host_alloc(1, sizeof(Shard));
-        shard[(*n)++] = shard_open(directory, "model.safetensors");
-    } else {
-        size_t size;
-        char *text = read_file(path, &size, 100 << 20);
-        Json *index = json_parse(path, text, size);
-        const Json *map = json_get(index, "weight_map");
-        if (!map || map->type != JSON_OBJECT || !map->child)
-            die(BAD_INPUT, "%s: has no weight_map", path);
-        char **file = (char **)host_alloc(map->length, sizeof(char *));
-        size_t files = 0;
-        for (const Json *j = map->child; j; j = j->next) {
-            if (j->type != JSON_STRING || strchr(j->string, '/') || !*j->string)
-                die(BAD_INPUT, "%s: %s: must name a file in the same directory", path, j->key);
-            file[files++] = j->string;
-        }
-        qsort(file, files, sizeof(char *), compare_keys);
-        shard = (Shard *)host_alloc(files, sizeof(Shard));
-        for (size_t i = 0; i < files; i++)
-            if (i == 0 || strcmp(file[i - 1], file[i]))
-                shard[(*n)++] = shard_open(directory, file[i]);
-        for (const Json *j = map->child; j; j = j->next)
-            for (size_t i = 0; i < *n; i++)
-                if (!strcmp(strrchr(shard[i].path, '/') + 1, j->string) &&
-                    !json_get(shard[i].header, j->key))
-                    die(BAD_INPUT, "%s: %s: is not in %s", path, j->key, j->string);
-        free(file);
-        json_free(index);
-        free(text);
+    size_t size, files = 0, n = 0;
+    char *text = read_file(path, &size, 100 << 20);
+    Json *index = json_parse(path, text, size);
+    const Json *map = json_get(index, "weight_map");
+    if (!map || map->type != JSON_OBJECT || !map->child)
+        die(BAD_INPUT, "%s: has no weight_map", path);
+    char **file = (char **)host_alloc(map->length, sizeof(char *));
+    for (const Json *j = map->child; j; j = j->next) {
+        if (j->type != JSON_STRING || strchr(j->string, '/') || !*j->string)
+            die(BAD_INPUT, "%s: %s: must name a file in the same directory", path, j->key);
+        file[files++] = j->string;
     }
-    free(path);
-    return shard;
-}
-
-// The released MTP layers carry copies of the embedding and the head, which the model shares.
-static int is_shared_copy(const char *name)
-{
-    return strstr(name, "model.layers.") == name &&
-           (strstr(name, ".embed_tokens.weight") || strstr(name, ".shared_head.head.weight"));
-}
-
-// An opened checkpoint: the tensors of all its files.
-typedef struct {
-    const char *directory;
-    Shard *shard;
-    size_t shards, n;
-    Stored *stored; // [n], sorted by name
-} Checkpoint;
-
-static Checkpoint checkpoint_list(const char *directory, Shard *shard, size_t shards)
-{
-    Checkpoint c = {directory, shard, shards, 0, NULL};
-    c.stored = stored_list(shard, shards, &c.n);
+    qsort(file, files, sizeof(char *), compare_keys);
+    for (size_t i = 0; i < files; i++)
+        if (i == 0 || strcmp(file[n - 1], file[i])) file[n++] = file[i];
+    Shard *shard = (Shard *)host_alloc(n, sizeof(Shard));
+    for (size_t i = 0; i < n; i++) shard[i] = shard_open(directory, file[i]);
+    Checkpoint c = checkpoint_list(directory, shard, n);
+    for (const Json *j = map->child; j; j = j->next) {
+        Stored *t = checkpoint_find(&c, j->key);
+        if (!t || strcmp(t->shard->name, j->string))
+            die(BAD_INPUT, "%s: %s: is not in %s", path, j->key, j->string);
+        t->indexed = 1;
+    }
+    for (size_t i = 0; i < c.n; i++)
+        if (!c.stored[i].indexed)
+            die(BAD_INPUT, "%s: %s: is missing, though it is in %s", path, c.stored[i].name,
+                c.stored[i].shard->name);
+    free(file);
+    free(index);
+    free(text);
     return c;
 }
 
-// Reads every tensor of the layout, named with the prefix, to where it stands in `to`.
+// Opens model.safetensors or, where only that stands, an index and its shards.
+static Checkpoint checkpoint_open(const char *directory)
+{
+    char *whole = path_join(directory, "model.safetensors");
+    char *index = path_join(directory, "model.safetensors.index.json");
+    Checkpoint c;
+    if (access(whole, F_OK) && !access(index, F_OK)) {
+        c = checkpoint_open_index(directory, index);
+    } else {
+        Shard *shard = (Shard *)host_alloc(1, sizeof(Shard));
+        *shard = shard_open(directory, "model.safetensors");
+        c = checkpoint_list(directory, shard, 1);
+    }
+    free(whole);
+    free(index);
+    return c;
+}
+
+// The tensor of this name and shape; with cols 0 it has one dimension.
+static Stored *checkpoint_get(const Checkpoint *c, const char *name, size_t rows, size_t cols)
+{
+    Stored *t = checkpoint_find(c, name);
+    if (!t)
+        die(BAD_INPUT, "%s: %s: is missing, though config.json calls for it", c->directory, name);
+    size_t shape[2] = {rows, cols}, dims = cols ? 2 : 1;
+    if (t->dims != dims || t->shape[0] != rows || t->shape[1] != cols) {
+        char is[64], expected[64];
+        shape_text(is, t->shape, t->dims);
+        shape_text(expected, shape, dims);
+        die(BAD_INPUT, "%s: %s: has shape [%s], expected [%s]", t->shard->path, name, is,
+            expected);
+    }
+    t->used = 1;
+    return t;
+}
+
+// Reads every tensor of the layout, named with the prefix, to where it stands in `to`. With NULL
+// only looks whether all are there, so that a config.json cannot ask for more memory than its
+// files fill.
 static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *prefix, accum *to)
 {
     for (size_t i = 0; i < layout->tensors; i++) {
         const Tensor *t = &layout->tensor[i];
         size_t n = t->rows * t->cols, dims = tensor_dims(t);
-        accum *host = (accum *)host_alloc(n, sizeof(accum));
+        accum *host = to ? (accum *)host_alloc(n, sizeof(accum)) : NULL;
         for (size_t k = 0; k < t->count; k++) {
-            char name[NAME_MAX_LENGTH];
+            char name[NAME_MAX_LENGTH + 16];
             tensor_name(name, prefix, t, k);
-            Stored key, *s = NULL;
-            key.name = name;
-            if (c->n) s = (Stored *)bsearch(&key, c->stored, c->n, sizeof key, compare_names);
-            if (!s)
-                die(BAD_INPUT, "%s: %s: is missing, though config.json calls for it", c->directory,
-                    name);
-            size_t shape[2] = {dims == 1 ? t->cols : t->rows, dims == 1 ? 0 : t->cols};
-            if (s->dims != dims || s->shape[0] != shape[0] || s->shape[1] != shape[1]) {
-                char is[64], expected[64];
-                shape_text(is, s->shape, s->dims);
-                shape_text(expected, shape, dims);
-                die(BAD_INPUT, "%s: %s: has shape [%s], expected [%s]", s->shard->path, name, is,
-                    expected);
+            Stored *scale = NULL;
+            Stored *s = checkpoint_get(c, name, dims == 1 ? t->cols : t->rows,
+                                       dims == 1 ? 0 : t->cols);
+            if (s->dtype == F8_E4M3) {
+                scale = checkpoint_get(c, strcat(name, "_scale_inv"), ceil_div(t->rows, FP8_BLOCK),
+                                       ceil_div(t->cols, FP8_BLOCK));
+                if (scale->dtype != F32)
+                    die(BAD_INPUT, "%s: %s: must be F32", scale->shard->path, name);
             }
-            stored_read(s, host, n);
+            if (!to) continue;
+            stored_read(s, scale, host);
             to_device(to + t->offset + k * n, host, n * sizeof(accum));
-            s->used = 1;
         }
         free(host);
     }
+}
+
+// The released MTP layers carry copies of the embedding and the head, which the model shares.
+static int is_shared_copy(const char *name)
+{
+    static const char layer[] = "model.layers.";
+    if (strncmp(name, layer, sizeof layer - 1)) return 0;
+    name += sizeof layer - 1;
+    name += strspn(name, "0123456789");
+    return !strcmp(name, ".embed_tokens.weight") || !strcmp(name, ".shared_head.head.weight");
 }
 
 // Dies if there is a tensor that nobody read.
@@ -3247,9 +3333,10 @@ static Config directory_config(const char *directory)
 static Model model_load(const char *directory, int training)
 {
     Config config = directory_config(directory);
-    size_t shards;
-    Shard *shard = shards_open(directory, &shards);
-    Checkpoint c = checkpoint_list(directory, shard, shards);
+    Checkpoint c = checkpoint_open(directory);
+    Layout layout = layout_make(&config);
+    checkpoint_read(&c, &layout, "", NULL);
+    free(layout.tensor);
     Model m = model_make(&config, training);
     checkpoint_read(&c, &m.layout, "", m.weights);
     checkpoint_close(&c);
@@ -3482,7 +3569,7 @@ static void print_token(int token)
 static Generation sample(const Model *m, const Options *o, const char *prompt, int speculate)
 {
     size_t n = strlen(prompt), length = n + o->tokens;
-    Sampler s = {o->temperature, (int)o->top_k, o->top_p, o->seed};
+    Sampler s = {o->temperature, (int)min_size(o->top_k, m->config.V), o->top_p, o->seed};
     Decoder d = SAMPLE_DECODER(decoder_make, m, n, o->tokens);
     int *tokens = (int *)host_alloc(length + 2, sizeof(int));
     tokens_copy(tokens, prompt, n);
@@ -3612,7 +3699,6 @@ static Run run_make(const Options *o, const Config *c)
         die(BAD_INPUT, "%s: too short: of %zu bytes %zu are left to train on and %zu to validate; "
             "%zu and 2 are needed, or a smaller --seq", o->data, r.text.n, r.n_train,
             r.text.n - r.n_train, r.T + 1);
-    r.tokens = (int *)host_alloc(size_mul(r.B, r.T + 1), sizeof(int));
     return r;
 }
 
@@ -3625,13 +3711,15 @@ static uint64_t data_hash(const Data *t) // FNV-1a
 
 static const char state_name[] = "optimizer.safetensors";
 
-// Saves all that the run needs to go on in one file, weights included, so that a run killed at any
-// instant finds the old state or the new one; then the model for others.
+// Saves the model for others, then in one file all that the run needs to go on, weights included,
+// so that a run killed at any instant finds the old state or the new one.
 static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *opt, FILE *log)
 {
     size_t n = 3 * count_entries(&m->layout), length = 1024;
     char room[32];
-    if (!isfinite(sum_squares(m->weights, m->layout.elements)))
+    size_t elements = m->layout.elements;
+    if (!isfinite(sum_squares(m->weights, elements) + sum_squares(opt->m, elements) +
+                  sum_squares(opt->v, elements)))
         die(FAILED, "step %zu: the weights are no longer finite; %s still has step %zu; try a "
             "smaller --lr", r->step, o->out, r->saved);
 #define OPTION_LENGTH(commands, type, field, ...) \
@@ -3652,10 +3740,11 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
     Entry *next = entries_add(entry, &m->layout, "", m->weights);
     next = entries_add(next, &m->layout, "m.", opt->m);
     entries_add(next, &m->layout, "v.", opt->v);
-    if (fflush(log)) die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    if (fflush(log) || fsync(fileno(log)))
+        die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
     char *path = path_join(o->out, state_name);
-    safetensors_save(path, metadata, entry, n);
     model_save(m, o->out);
+    safetensors_save(path, metadata, entry, n);
     free(path);
     r->saved = r->step;
     free(entry);
@@ -3671,14 +3760,23 @@ static const char *state_value(const Shard *s, const char *key)
     return value->string;
 }
 
+static double state_loss(const Shard *s, const char *key)
+{
+    const char *value = state_value(s, key);
+    char *end;
+    double x = strtod(value, &end); // may be nan: none yet
+    if (end == value || *end) die(BAD_INPUT, "%s: %s is not a number", s->path, key);
+    return x;
+}
+
 // Takes the options that a run was started with, and the directory it is in.
 static void options_from_state(Options *o, const char *directory)
 {
-    Shard *s = (Shard *)host_alloc(1, sizeof(Shard)); // stays, as the options point into it
-    *s = shard_open(directory, state_name);
+    static Shard s; // stays open, as the options point into it
+    s = shard_open(directory, state_name);
 #define TAKE_OPTION(commands, type, field, name, ...) \
     if ((commands) & SAVED) \
-        o->field = parse_##type(name, state_value(s, "--" name));
+        o->field = parse_##type(name, state_value(&s, "--" name));
     OPTIONS(TAKE_OPTION)
     o->model = o->resume = o->out = directory;
 }
@@ -3694,8 +3792,8 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
         die(BAD_INPUT, "%s: is not the text that the run in %s began with", o->data, o->resume);
     r->step = r->first_step = r->saved = parse_Count("step", state_value(s, "step"));
     opt->step = (long)parse_Count("optimizer_step", state_value(s, "optimizer_step"));
-    r->train_loss = strtod(state_value(s, "train_loss"), NULL); // either may be nan
-    r->val_loss = strtod(state_value(s, "val_loss"), NULL);
+    r->train_loss = state_loss(s, "train_loss");
+    r->val_loss = state_loss(s, "val_loss");
     Checkpoint c = checkpoint_list(o->resume, s, 1);
     checkpoint_read(&c, &m->layout, "", m->weights);
     checkpoint_read(&c, &m->layout, "m.", opt->m);
@@ -3706,20 +3804,22 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
             o->resume, r->step);
 }
 
-// Opens log.csv with the rows of the steps that are done, and nothing after them.
-static FILE *log_open(const Run *r, const char *directory)
+// Opens log.csv with the rows of the steps that are done, and nothing after them. They are gone if
+// another run began in the directory and was killed before it saved.
+static FILE *log_open(const Run *r, const Options *o)
 {
     static const char head[] =
         "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr\n";
-    char *path = path_join(directory, "log.csv");
+    char *path = path_join(o->out, "log.csv");
     if (r->step > 0) {
         size_t size, rows = 0;
-        char *old = read_file(path, &size, (size_t)1 << 40), *end = old;
+        char *from = path_join(o->resume, "log.csv");
+        char *old = read_file(from, &size, (size_t)1 << 40), *end = old;
         while (rows <= r->step && (end = strchr(end, '\n'))) end++, rows++;
-        if (!end) die(BAD_INPUT, "%s: has fewer rows than the run had steps, %zu", path, r->step);
         Output out = output_open(path);
-        output_write(&out, old, (size_t)(end - old));
+        output_write(&out, end ? old : head, end ? (size_t)(end - old) : sizeof head - 1);
         output_close(&out);
+        free(from);
         free(old);
     }
     FILE *log = fopen(path, r->step > 0 ? "a" : "w");
@@ -3732,10 +3832,16 @@ static FILE *log_open(const Run *r, const char *directory)
 // The first SIGINT or SIGTERM ends the run after its step, saved; the second at once.
 static volatile sig_atomic_t stop_signal = 0;
 
-static void on_signal(int number)
+static void on_signal(int number) { stop_signal = number; }
+
+static void catch_signals(void)
 {
-    stop_signal = number;
-    signal(number, SIG_DFL);
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_signal;
+    action.sa_flags = SA_RESETHAND | SA_RESTART; // once; and no write fails for it
+    if (sigaction(SIGINT, &action, NULL) || sigaction(SIGTERM, &action, NULL))
+        die(FAILED, "cannot catch signals: %s", strerror(errno));
 }
 
 // Adds the gradients of a step's batches to the model's; returns their mean losses.
@@ -3809,20 +3915,21 @@ static int command_train(const Options *o)
     Acts plan = acts_plan(c, r.B, r.T, 1);
     Memory memory = memory_plan(c, 1, plan.arena.used, 0);
     acts_free(&plan);
+    r.tokens = (int *)host_alloc(r.B * (r.T + 1), sizeof(int));
     prepare_directory(o, c);
-    Model m = model_from_options(o, c, 1);
+    Model m = *o->resume ? model_make(c, 1) : model_from_options(o, c, 1);
     Optimizer opt = optimizer_make(&m);
     if (*o->resume) run_load(&r, o, &m, &opt);
-    FILE *log = log_open(&r, o->out);
+    FILE *log = log_open(&r, o);
     Acts a = acts_make(c, r.B, r.T, 1);
     size_t n_val = r.text.n - r.n_train, bad = 0;
     int muon = !strcmp(o->optimizer, "muon");
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
+    catch_signals();
     memory_print(stdout, &memory);
     printf("%zu parameters, %zu layers, %zu of %zu experts a token; %zu x %zu tokens a step, %s, "
            "%d threads\n", parameters(&m.layout), c->L, c->K, c->E, r.B * o->accumulate, r.T,
            o->optimizer, thread_count());
+    fflush(stdout);
     int last = 0, stop = 0;
     while (!last && !stop) {
         double share = schedule(o, r.step), rate = o->lr * share;
@@ -3844,7 +3951,7 @@ static int command_train(const Options *o)
                     BAD_STEPS, r.saved ? "the last good state is in" : "no state is in", o->out);
         }
         last = r.step == o->steps;
-        stop = stop_signal || r.step == o->stop_after;
+        stop = stop_signal || (o->stop_after && r.step >= o->stop_after);
         int validate = n_val && (last || (o->val_every && r.step % o->val_every == 0));
         if (validate) // on a part while training, on all of it at the end
             r.val_loss = text_loss(&m, r.text.bytes + r.n_train,
@@ -3904,7 +4011,8 @@ static int command_sample(const Options *o)
             die(BAD_INPUT, "--prompt: byte %d is outside the vocabulary of %zu", (unsigned char)*p,
                 shape.config.V);
     Decoder plan = SAMPLE_DECODER(decoder_plan, &shape, strlen(o->prompt), o->tokens);
-    Memory memory = memory_plan(&shape.config, 0, 0, plan.arena.used);
+    size_t angles = size_mul(2 * plan.positions, shape.config.Dr * sizeof(accum));
+    Memory memory = memory_plan(&shape.config, 0, 0, plan.arena.used + angles);
     decoder_free(&plan);
     Model m = model_load(o->model, 0);
     memory_print(stderr, &memory);
@@ -4090,7 +4198,10 @@ int main(int argc, char **argv)
         if (!strcmp(argv[1], commands[i].name)) {
             Options o = parse_options(&commands[i], argc, argv);
             use_threads(o.threads);
-            return commands[i].run(&o);
+            int status = commands[i].run(&o);
+            if (fflush(stdout) || ferror(stdout))
+                die(FAILED, "standard output: cannot write: %s", strerror(errno));
+            return status;
         }
     die(BAD_INPUT, "unknown command %s; moe --help lists them", argv[1]);
 }

@@ -16,6 +16,10 @@ tinyshakespeare/excerpt.txt and what the tests write in a directory of their own
 #define MOE_NO_MAIN
 #include "moe.c"
 #include <dirent.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 // ------------------------------------------------------------------------------------------------
@@ -1815,35 +1819,52 @@ static char *file_text(const char *path, size_t *n)
 }
 
 typedef struct {
-    int status; // exit status, or -1
+    int status; // exit status, or minus the signal that ended it
     char *out, *err;
 } Ran;
 
+static size_t file_limit;   // bytes that the program may write to a file, 0: any number
+static int obeys_modes;     // whether files' modes bind it even if it is root's
+enum { CANNOT_OBEY = 98 };  // exit status where that cannot be had
+
 #define ARGS(...) (const char *const[]){__VA_ARGS__, NULL}
 
-static Ran run_moe(const char *const *args)
+static pid_t start_moe(const char *const *args)
 {
-    Ran r = {-1, NULL, NULL};
     const char *program = getenv("MOE") ? getenv("MOE") : "./moe";
     char *out = in_directory("stdout"), *err = in_directory("stderr"), *argv[40] = {(char *)"moe"};
     for (size_t i = 0; args[i]; i++) argv[i + 1] = (char *)args[i];
+    remove(out);
     fflush(stdout);
     pid_t child = fork();
-    if (child == 0) {
-        alarm(300); // whatever happens
-        if (freopen("/dev/null", "r", stdin) && freopen(out, "w", stdout) &&
-            freopen(err, "w", stderr))
-            execv(program, argv);
-        _exit(99);
-    }
+    if (child != 0) return child;
+    alarm(300); // whatever happens
+    struct rlimit limit = {file_limit, file_limit};
+#ifdef __linux__
+    int root = geteuid() == 0 && prctl(PR_CAPBSET_DROP, 1, 0, 0, 0); // 1: CAP_DAC_OVERRIDE
+#else
+    int root = geteuid() == 0;
+#endif
+    if (obeys_modes && root) _exit(CANNOT_OBEY);
+    if (freopen("/dev/null", "r", stdin) && freopen(out, "w", stdout) &&
+        freopen(err, "w", stderr) && !(file_limit && setrlimit(RLIMIT_FSIZE, &limit)))
+        execv(program, argv);
+    _exit(99);
+}
+
+static Ran end_moe(pid_t child)
+{
+    Ran r = {-1, NULL, NULL};
     int status = 0;
     size_t n;
-    if (child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status))
-        r.status = WEXITSTATUS(status);
-    r.out = (char *)keep(read_file(out, &n, 1 << 24));
-    r.err = (char *)keep(read_file(err, &n, 1 << 24));
+    if (child > 0 && waitpid(child, &status, 0) == child)
+        r.status = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+    r.out = file_text(in_directory("stdout"), &n);
+    r.err = file_text(in_directory("stderr"), &n);
     return r;
 }
+
+static Ran run_moe(const char *const *args) { return end_moe(start_moe(args)); }
 
 static const char *joined(const char *const *args)
 {
@@ -1938,7 +1959,7 @@ static void test_json(void)
     EXPECT(y->child->child->next->number == 2 && !*json_get(y->child->next, "z")->string,
            "nested values");
     EXPECT(!json_get(j, "x"), "found a key that is deeper");
-    json_free(j);
+    free(j);
 }
 
 // A model of every kind of tensor, saved in `name`.
@@ -2028,9 +2049,9 @@ static Entry *list_entries(const Layout *layout, const accum *data, const char *
 // are several, and as released files have it a copy of the embedding. expected: what they mean.
 static void write_codes(const Model *m, const char *path, int dtype, size_t shards, real *expected)
 {
-    static const int exponent_bits[DTYPES] = {8, 8, 5}, mantissa_bits[DTYPES] = {23, 7, 10};
+    static const int exponent_bits[] = {8, 8, 5}, mantissa_bits[] = {23, 7, 10};
     const int M = mantissa_bits[dtype], bits = exponent_bits[dtype] + M;
-    size_t n, bytes = dtype == F32 ? 4 : 2, mapped = 0;
+    size_t n, bytes = dtype_sizes[dtype], mapped = 0;
     Entry *e = list_entries(&m->layout, m->weights, "", &n);
     char *index = (char *)room(1 << 16, 1), file[64];
     make_directory(path);
@@ -2044,9 +2065,11 @@ static void write_codes(const Model *m, const char *path, int dtype, size_t shar
         snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", s + 1, shards);
         APPEND(p.header, length, "{\"model.layers.%zu.embed_tokens.weight\":{\"dtype\":\"%s\","
                "\"shape\":[2],\"data_offsets\":[0,%zu]}", m->config.L + s, dtype_names[dtype], p.n);
+        APPEND(index, mapped, "%s\"model.layers.%zu.embed_tokens.weight\":\"%s\"", s ? "," : "",
+               m->config.L + s, file);
         for (size_t i = s; i < n; i += shards) {
             size_t size = entry_size(&e[i]);
-            APPEND(index, mapped, "%s\"%s\":\"%s\"", i ? "," : "", e[i].name, file);
+            APPEND(index, mapped, ",\"%s\":\"%s\"", e[i].name, file);
             APPEND(p.header, length, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[%zu", e[i].name,
                    dtype_names[dtype], e[i].shape[0]);
             if (e[i].dims == 2) APPEND(p.header, length, ",%zu", e[i].shape[1]);
@@ -2072,7 +2095,7 @@ static void test_load_dtypes_shards(void)
 {
     Config c = small_config();
     Model m = model_make(&c, 0);
-    for (int dtype = 0; dtype < DTYPES; dtype++)
+    for (int dtype = 0; dtype < F8_E4M3; dtype++)
         for (size_t shards = 1; shards <= 3; shards++) {
             char *path = in_directory(label("codes-%d-%zu", dtype, shards));
             real *expected = reals(m.layout.elements);
@@ -2132,7 +2155,11 @@ static void test_damaged_weights(void)
         {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[13,1],"), 0, "model.norm.weight"},
         {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[-13],"), 0, "whole numbers"},
         {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[13.5],"), 0, "whole numbers"},
-        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[9e15,9e15],"), 0, "overflow"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[9e15,9e15],"), 0, "its shape needs"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[9007199254740993],"), 0, "whole numbers"},
+        {"model.norm.weight", "model.norm.weight\\u000a", 0, "model.norm.weight"},
+        {"{", "{\"none\":{\"dtype\":\"F32\",\"shape\":[0,9],\"data_offsets\":[0,0]},", 0,
+         "none: config.json has no place for it"},
         {"\"shape\":[256,13]", "\"shape\":[13,256]", 0, "model.embed_tokens.weight"},
         {"[0,13312]", "[4,13316]", 0, "overlaps or leaves a gap"},
         {"[0,13312]", "[13312,0]", 0, "its offsets are [13312, 0]"},
@@ -2173,19 +2200,158 @@ static void test_damaged_weights(void)
     expect_error(2, "not a regular file", eval);
     remove(path);
 
-    static const char *const maps[][2] = { // weight_map, message
-        {"{\"model.norm.weight\":\"model.safetensors\"}", NULL},
-        {"{\"model.norm.weight\":\"gone.safetensors\"}", "gone.safetensors: cannot open"},
-        {"{\"model.norm.weight\":\"../good/model.safetensors\"}", "in the same directory"},
-        {"{\"nothing\":\"model.safetensors\"}", "is not in model.safetensors"},
-        {"{\"model.norm.weight\":1}", "must name a file"},
-        {"{}", "has no weight_map"}, {"0", "has no weight_map"}, {"", "not valid JSON"},
+    char *map = (char *)room(1 << 16, 1);
+    size_t length = 0;
+    Json *header = json_parse(good, strcpy((char *)room(strlen(whole.header) + 1, 1), whole.header),
+                              strlen(whole.header));
+    for (const Json *j = header->child->next; j; j = j->next) // after __metadata__
+        APPEND(map, length, "%s\"%s\":\"part\"", length ? ",\n" : "{", j->key);
+    free(header);
+    static const char *const maps[][3] = { // from, to, message
+        {"", "", NULL},
+        {":\"part\"", ":\"gone\"", "gone: cannot open"},
+        {":\"part\"", ":\"../bad/part\"", "in the same directory"},
+        {":\"part\"", ":\".\"", "not a regular file"},
+        {":\"part\"", ":1", "must name a file"},
+        {":\"part\"", ":\"config.json\"", "config.json: not a safetensors file"},
+        {"model.norm.weight", "nothing", "nothing: is not in part"},
+        {"\"model.norm.weight\":\"part\",", "", "model.norm.weight: is missing"},
+        {"\"model.norm.weight\"", "\"lm_head.weight\"", "appears twice"},
     };
-    write_parts(bad, "model.safetensors", whole);
+    static const char *const no_maps[][2] = {
+        {"{\"weight_map\":{}}", "has no weight_map"}, {"{\"weight_map\":0}", "has no weight_map"},
+        {"{}", "has no weight_map"}, {"", "not valid JSON"}, {"[]", "expected a JSON object"},
+    };
+    write_parts(bad, "part", whole);
     for (size_t i = 0; i < sizeof maps / sizeof *maps; i++) {
-        write_text(index, replaced("{\"weight_map\":X}", "X", maps[i][0]));
-        if (maps[i][1]) expect_error(2, maps[i][1], eval);
+        write_text(index, replaced("{\"weight_map\":X}}", "X",
+                                   replaced(map, maps[i][0], maps[i][1])));
+        if (maps[i][2]) expect_error(2, maps[i][2], eval);
         else expect_success(eval);
+    }
+    for (size_t i = 0; i < sizeof no_maps / sizeof *no_maps; i++) {
+        write_text(index, no_maps[i][0]);
+        expect_error(2, no_maps[i][1], eval);
+    }
+    write_parts(bad, "model.safetensors", whole); // goes before an index, as in transformers
+    expect_success(eval);
+    remove(path);
+    REQUIRE(!mkfifo(path, 0600), "no pipe: %s", strerror(errno));
+    expect_error(2, "not a regular file", eval);
+}
+
+// Released FP8 weights: matrices in E4M3 with a scale for each block of 128 x 128.
+static void test_load_fp8(void)
+{
+    Config c = small_config();
+    c.V = 256, c.C = 130, c.F = 257, c.Tmax = 16, c.L = 2, c.D = 0;
+    Model m = random_model(&c, 0, 63);
+    char *path = in_directory("fp8"), *config = in_path(path, "config.json");
+    size_t n, at = 0, length = 1, text_length;
+    Entry *e = list_entries(&m.layout, m.weights, "", &n);
+    Parts p = {(char *)room(1 << 16, 1), (char *)room(2 * m.layout.elements, 4), 0};
+    real *expected = reals(m.layout.elements);
+    *p.header = '{';
+    for (size_t i = 0; i < n; i++) {
+        real *to = expected + (e[i].data - m.weights);
+        size_t size = entry_size(&e[i]), cols = e[i].shape[1], across = (cols + 127) / 128;
+        size_t down = (e[i].shape[0] + 127) / 128;
+        if (e[i].dims == 1) {
+            memcpy(p.data + at, e[i].data, 4 * size);
+            memcpy(to, e[i].data, 4 * size);
+            APPEND(p.header, length, "\"%s\":{\"dtype\":\"F32\",\"shape\":[%zu],\"data_offsets\":"
+                   "[%zu,%zu]},", e[i].name, size, at, at + 4 * size);
+            at += 4 * size;
+            continue;
+        }
+        APPEND(p.header, length, "\"%s\":{\"dtype\":\"F8_E4M3\",\"shape\":[%zu,%zu],"
+               "\"data_offsets\":[%zu,%zu]},\"%s_scale_inv\":{\"dtype\":\"F32\","
+               "\"shape\":[%zu,%zu],\"data_offsets\":[%zu,%zu]},", e[i].name,
+               e[i].shape[0], cols, at, at + size, e[i].name, down, across, at + size,
+               at + size + 4 * down * across);
+        float *scale = (float *)room(down * across, sizeof(float));
+        for (size_t j = 0; j < down * across; j++)
+            scale[j] = (float)(1e-3 * (0.5 + random_uniform(7, i, j)));
+        for (size_t j = 0; j < size; j++) {
+            unsigned code = (unsigned)(j < 256 ? j : random_u64(8, i, j) & 255);
+            if ((code & 127) == 127) code = 126; // 448; 127 is NaN
+            p.data[at + j] = (char)code;
+            to[j] = (float)decoded(code, 4, 3) * scale[j / cols / 128 * across + j % cols / 128];
+        }
+        memcpy(p.data + at + size, scale, 4 * down * across);
+        at += size + 4 * down * across;
+    }
+    p.header[length - 1] = '}';
+    p.n = at;
+    make_directory(path);
+    config_save(&c, path);
+    write_parts(path, "model.safetensors", p);
+    char *plain = file_text(config, &text_length);
+#define QUANTIZED(method, block) \
+    replaced(plain, "{", "{\"quantization_config\":{\"activation_scheme\":\"dynamic\"," \
+             "\"fmt\":\"e4m3\",\"quant_method\":\"" method "\",\"weight_block_size\":" block "},")
+    write_text(config, QUANTIZED("fp8", "[128,128]"));
+    Model loaded = model_load(path, 0);
+    for (size_t i = 0; i < m.layout.elements; i++)
+        EXPECT(loaded.weights[i] == expected[i], "number %zu: expected %.9g, got %.9g", i,
+               expected[i], loaded.weights[i]);
+    const char *const *eval = ARGS("eval", "--model", path, "--data", excerpt);
+    write_text(config, QUANTIZED("fp8", "[64,128]"));
+    expect_error(2, "weight_block_size must be [128, 128]", eval);
+    write_text(config, QUANTIZED("awq", "[128,128]"));
+    expect_error(2, "quant_method is awq", eval);
+    write_text(config, replaced(plain, "{", "{\"quantization_config\":1,"));
+    expect_error(2, "quantization_config must be an object", eval);
+    write_text(config, plain);
+    static const char *const cases[][3] = { // from, to, message
+        {"embed_tokens.weight_scale_inv", "embed_tokens.weight_scale",
+         "embed_tokens.weight_scale_inv: is missing"},
+        {"\"F32\",\"shape\":[2,2]", "\"F32\",\"shape\":[4,1]", "has shape [4, 1], expected [2, 2]"},
+        {"\"F32\",\"shape\":[2,2]", "\"BF16\",\"shape\":[2,4]", "expected [2, 2]"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Parts other = p;
+        other.header = replaced(p.header, cases[i][0], cases[i][1]);
+        write_parts(path, "model.safetensors", other);
+        expect_error(2, cases[i][2], eval);
+    }
+    for (int sign = 0; sign < 2; sign++) { // the embedding comes first
+        p.data[3] = (char)(sign ? 0xFF : 0x7F);
+        write_parts(path, "model.safetensors", p);
+        expect_error(2, "model.embed_tokens.weight: element 3 is not a finite number", eval);
+    }
+    p.data[3] = 0;
+    memcpy(p.data + c.V * c.C + 4, "\0\0\x80\x7F", 4);
+    write_parts(path, "model.safetensors", p);
+    expect_error(2, "weight_scale_inv: element 1 is not a finite number", eval);
+    model_free(&loaded);
+    model_free(&m);
+}
+
+// Where the angles stand in a config.json does not matter.
+static void test_rope_parameters(void)
+{
+    static const char *const same[][2] = { // rope_scaling beside a rope_theta, rope_parameters
+        {"null", "{\"rope_type\": \"default\", \"rope_theta\": 5e4}"},
+        {"{\"type\": \"yarn\", \"factor\": 40, \"beta_fast\": 31}",
+         "{\"rope_type\": \"yarn\", \"factor\": 40, \"beta_fast\": 31, \"rope_theta\": 5e4}"},
+    };
+    Config c = small_config();
+    char *path = in_directory("config.json");
+    size_t n;
+    c.theta = 5e4;
+    for (size_t i = 0; i < 2; i++) {
+        config_save(&c, directory);
+        char *text = file_text(path, &n);
+        write_text(path, replaced(text, "rope_scaling\": null", label("rope_scaling\": %s",
+                                                                      same[i][0])));
+        Config a = config_load(path);
+        write_text(path, replaced(replaced(text, "rope_theta", "x"), "rope_scaling\": null",
+                                  label("rope_parameters\": %s", same[i][1])));
+        Config b = config_load(path);
+        EXPECT(a.theta == 5e4 && b.theta == 5e4 && a.yarn_factor == (i ? 40 : 0) &&
+               b.yarn_factor == a.yarn_factor && b.yarn_fast == a.yarn_fast, "%s: theta %g, factor "
+               "%g", same[i][1], b.theta, b.yarn_factor);
     }
 }
 
@@ -2208,6 +2374,8 @@ static void test_damaged_config(void)
         {"hidden_size\": 13", "hidden_size\": 1.5", "hidden_size is 1.5"},
         {"hidden_size\": 13", "hidden_size\": 1e12", "must be a whole number from 0 to"},
         {"hidden_size\": 13", "hidden_size\": \"13\"", "hidden_size must be a number"},
+        {"hidden_size\": 13", "hidden_size\": true", "hidden_size must be a number"},
+        {"hidden_size\": 13", "hidden_size\": null", "hidden_size is 0"},
         {"hidden_size\": 13", "hidden_size\": 13, \"hidden_size\": 13", "appears twice"},
         {"hidden_size\": 13", "hidden_size\": 14", "model.embed_tokens.weight"},
         {"hidden_size\": 13", "hid_size\": 13", "hidden_size is missing"},
@@ -2219,6 +2387,8 @@ static void test_damaged_config(void)
         {"rope_scaling\": null", "rope_scaling\": {\"type\": \"linear\"}", "type is linear"},
         {"rope_scaling\": null", "rope_scaling\": {\"factor\": 0.5}", "factor >= 1"},
         {"rope_scaling\": null", "rope_scaling\": 4", "rope_scaling must be an object"},
+        {"rope_scaling\": null", "rope_parameters\": {\"rope_type\": \"llama3\"}", "is llama3"},
+        {"seq_aux\": true", "seq_aux\": false", "seq_aux is false"},
         {"rms_norm_eps\": ", "rms_norm_eps\": 0, \"x\":", "rms_norm_eps must be above 0"},
         {"key_value_heads\": 2", "key_value_heads\": 1", "num_key_value_heads must equal"},
     };
@@ -2514,10 +2684,277 @@ static void test_check_dump(void)
         count++;
     }
     EXPECT(header->length == count, "expected %zu tensors, got %zu", count, header->length);
-    json_free(header);
+    free(header);
     free(text.bytes);
     acts_free(&a);
     model_free(&m);
+}
+// ------------------------------------------------------------------------------------------------
+// Runs that end early
+
+static const char *const run_files[] = {"optimizer.safetensors", "model.safetensors", "log.csv"};
+
+// config.json of a model that trains in a millisecond a step.
+static char *tiny_config(void)
+{
+    Config c = trainable_config();
+    c.C = c.Tmax = 8;
+    config_save(&c, directory);
+    return in_directory("config.json");
+}
+
+// Starts a tiny run in `name`, which ends after `stop` steps of a million, having saved each.
+static char *tiny_run(const char *name, const char *stop)
+{
+    char *out = in_directory(name);
+    expect_success(ARGS("train", "--config", tiny_config(), "--data", excerpt, "--out", out,
+                        "--steps", "1000000", "--save-every", "1", "--batch", "2", "--tokens", "0",
+                        "--val-every", "0", "--stop-after", stop));
+    return out;
+}
+
+static size_t saved_step(const char *run) // after which it was saved
+{
+    Shard s = shard_open(run, state_name);
+    size_t step = parse_Count("step", state_value(&s, "step"));
+    shard_close(&s);
+    return step;
+}
+
+// The files of two runs must be the same to the last byte.
+static void expect_same_runs(const char *a, const char *b)
+{
+    for (size_t i = 0; i < 3; i++) {
+        size_t n[2];
+        const char *x = file_text(in_path(a, run_files[i]), &n[0]);
+        const char *y = file_text(in_path(b, run_files[i]), &n[1]);
+        EXPECT(n[0] == n[1] && !memcmp(x, y, n[0]), "%s differs between %s and %s", run_files[i], a,
+               b);
+    }
+}
+
+// A run stopped and resumed ends as one that was not, to the last bit.
+static void test_resume_is_exact(void)
+{
+    char *config = tiny_config();
+    for (int variant = 0; variant < 2; variant++) {
+        char *out[2];
+        for (int stopped = 0; stopped < 2; stopped++) {
+            out[stopped] = in_directory(label("exact-%d-%d", variant, stopped));
+            expect_success(ARGS("train", "--config", config, "--data", excerpt, "--out",
+                                out[stopped], "--steps", "40", "--batch", "2", "--val-every", "10",
+                                "--tokens", "0", "--save-every", "15", "--optimizer",
+                                variant ? "adamw" : "muon", "--accumulate", variant ? "2" : "1",
+                                "--stop-after", stopped ? "17" : "0"));
+        }
+        EXPECT(saved_step(out[1]) == 17, "saved step %zu, not 17", saved_step(out[1]));
+        char *other = in_directory(label("exact-%d-other", variant));
+        expect_success(ARGS("train", "--resume", out[1], "--out", other));
+        expect_success(ARGS("train", "--resume", out[1]));
+        expect_same_runs(out[0], out[1]);
+        expect_same_runs(out[0], other);
+    }
+}
+
+static void sleep_for(double seconds)
+{
+    struct timespec t = {(time_t)seconds, (long)(fmod(seconds, 1) * 1e9)};
+    nanosleep(&t, NULL);
+}
+
+// Killed at any instant, saving among them, a run leaves a whole checkpoint to go on from.
+static void test_killed_while_saving(void)
+{
+    enum { KILLS = 50 };
+    char *run = tiny_run("killed", "1"), *text = in_directory("few.txt");
+    size_t last = 1, steps = 0, unfinished = 0;
+    write_text(text, "To be, or not to be");
+    double start = now();
+    const char *const *more = ARGS("train", "--resume", run, "--stop-after", "1"); // one step
+    expect_success(more);
+    double once = now() - start;
+    for (size_t i = 0; i < KILLS; i++) {
+        pid_t child = start_moe(ARGS("train", "--resume", run));
+        sleep_for(once * (0.3 + 1.7 * random_uniform(11, 0, i)));
+        kill(child, SIGKILL);
+        Ran r = end_moe(child);
+        REQUIRE(r.status == -SIGKILL, "kill %zu: it ended by itself: status %d (%s)", i, r.status,
+                r.err);
+        for (size_t f = 0; f < 2; f++)
+            unfinished += !access(in_path(run, label("%s.tmp", run_files[f])), F_OK);
+        if (expect_success(ARGS("eval", "--model", run, "--data", text)).status) return;
+        if (expect_success(more).status) return;
+        size_t step = saved_step(run);
+        REQUIRE(step > last, "kill %zu: step %zu after step %zu", i, step, last);
+        steps += step - last - 1;
+        last = step;
+    }
+    EXPECT(steps > 0, "no run that was killed had saved a step");
+    write_text(in_path(run, "log.csv"), "step\n"); // as a new run leaves it, killed before it saved
+    expect_success(more);
+    snprintf(remark, sizeof remark, "%d kills, %zu in mid-save, after %zu saved steps", KILLS,
+             unfinished, steps);
+}
+
+// What a run leaves that could not save: one line, the last checkpoint, a way to go on.
+static void expect_failed_save(const char *run, const char *reference, int status)
+{
+    const char *const *resume = ARGS("train", "--resume", run, "--stop-after", "4");
+    Ran r = run_moe(resume);
+    char *end = strchr(r.err, '\n');
+    EXPECT(r.status == status && end && !end[1] && strstr(r.err, "cannot write"),
+           "expected status %d and one line, got %d, '%s'", status, r.status, r.err);
+    EXPECT(saved_step(run) == 3, "step 3 became %zu", saved_step(run));
+    file_limit = 0, obeys_modes = 0;
+    chmod(run, 0755);
+    for (size_t i = 0; i < 2; i++)
+        EXPECT(access(in_path(run, label("%s.tmp", run_files[i])), F_OK), "a .tmp was left");
+    expect_success(resume);
+    expect_same_runs(run, reference);
+}
+
+static void test_disk_full(void)
+{
+    char *reference = tiny_run("unlimited", "4");
+    size_t size[2];
+    for (size_t i = 0; i < 2; i++) file_text(in_path(reference, run_files[i]), &size[i]);
+    for (size_t i = 0; i < 2; i++) {
+        char *run = tiny_run(label("full-%zu", i), "3");
+        file_limit = size[i] - 1;
+        expect_failed_save(run, reference, 1);
+    }
+#ifdef __linux__
+    int status = system(label("%s eval --model %s --data %s >/dev/full 2>&1",
+                              getenv("MOE") ? getenv("MOE") : "./moe", reference,
+                              in_path(reference, "log.csv")));
+    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 1, "nobody saw that /dev/full is full");
+#endif
+}
+
+static void test_read_only_directory(void)
+{
+    char *reference = tiny_run("writable", "4"), *run = tiny_run("read-only", "3");
+    obeys_modes = 1;
+    Ran r = run_moe(ARGS("--help"));
+    if (r.status == CANNOT_OBEY) {
+        obeys_modes = 0;
+        snprintf(remark, sizeof remark, "not tested: root may write anywhere");
+        return;
+    }
+    chmod(run, 0555);
+    expect_error(2, "cannot make this directory", ARGS("train", "--config", tiny_config(), "--data",
+                                                       excerpt, "--out", in_path(run, "new")));
+    expect_failed_save(run, reference, 2);
+}
+
+// Waits until the program has printed this.
+static void wait_for(const char *text)
+{
+    char *out = in_directory("stdout");
+    for (int i = 0; i < 4000; i++, sleep_for(0.005)) {
+        size_t n;
+        char *is = access(out, F_OK) ? NULL : read_file(out, &n, 1 << 24);
+        int seen = is && strstr(is, text);
+        free(is);
+        if (seen) return;
+    }
+    fail("the program never printed '%s'", text);
+}
+
+// The first SIGINT or SIGTERM saves and stops, the second stops at once.
+static void test_signals(void)
+{
+    static const int signals[] = {SIGINT, SIGTERM};
+    for (size_t i = 0; i < 2; i++) {
+        char *run = tiny_run(label("signal-%d", signals[i]), "1");
+        pid_t child = start_moe(ARGS("train", "--resume", run, "--save-every", "0", "--log-every",
+                                     "1"));
+        wait_for("step 5/");
+        kill(child, signals[i]);
+        Ran r = end_moe(child);
+        EXPECT(r.status == 128 + signals[i], "signal %d: status %d (%s)", signals[i], r.status,
+               r.err);
+        EXPECT(strstr(r.out, label("moe train --resume %s", run)), "signal %d: '%s' does not say "
+               "how to go on", signals[i], r.out);
+        size_t step = saved_step(run);
+        EXPECT(step >= 5, "signal %d: saved step %zu", signals[i], step);
+        expect_success(ARGS("train", "--resume", run, "--stop-after", "1"));
+        EXPECT(saved_step(run) == step + 1, "signal %d: went on with %zu", signals[i],
+               saved_step(run));
+    }
+    char *out = in_directory("slow");
+    pid_t child = start_moe(ARGS("train", "--config", tiny_config(), "--data", excerpt, "--out",
+                                 out, "--accumulate", "1000000")); // a step without end
+    wait_for("threads\n");
+    kill(child, SIGINT);
+    sleep_for(0.2);
+    EXPECT(waitpid(child, NULL, WNOHANG) == 0, "the first SIGINT ended it within a step");
+    kill(child, SIGINT);
+    double start = now();
+    Ran r = end_moe(child);
+    EXPECT(r.status == -SIGINT && now() - start < 5, "the second SIGINT: status %d after %.1f s",
+           r.status, now() - start);
+}
+
+// A step that is not finite is skipped and said; after five the run ends. What was saved is finite.
+static void test_not_finite(void)
+{
+    char *run = tiny_run("not-finite", "3");
+    Ran r = run_moe(ARGS("train", "--resume", run, "--lr", "1e30"));
+    size_t skipped = 0;
+    for (const char *s = r.out; (s = strstr(s, ": skipped")); s++) skipped++;
+    EXPECT(r.status == 1 && strstr(r.err, "try a smaller --lr"), "status %d, '%s'", r.status,
+           r.err);
+    EXPECT(skipped == 5 || strstr(r.err, "no longer finite"), "%zu steps skipped: %s", skipped,
+           r.err);
+    Model m = model_load(run, 0); // dies if a weight is not finite
+    model_free(&m);
+    expect_success(ARGS("eval", "--model", run, "--data", excerpt));
+}
+
+// Memory that is not there is refused before anything is allocated or written.
+static void test_memory_refused(void)
+{
+    char *model = saved_model("large"), *config = in_path(model, "config.json");
+    char *out = in_directory("refused");
+    static const char *const batches[] = {"1000000000", "1099511627776"};
+    double start = now();
+    for (size_t i = 0; i < 2; i++)
+        expect_error(1, " MB of memory", ARGS("train", "--config", config, "--data", excerpt,
+                                              "--out", out, "--batch", batches[i]));
+    EXPECT(access(out, F_OK), "%s was made", out);
+    REFUSED("--tokens", "sample", "--model", model, "--tokens", "1099511627776");
+    Config v3 = config_preset(DEEPSEEK_V3);
+    config_save(&v3, model); // its weights are a tiny model's
+    expect_error(1, " MB of memory", ARGS("eval", "--model", model, "--data", excerpt));
+    EXPECT(now() - start < 5, "it took %.1f s", now() - start);
+}
+
+// The largest model's sizes pass 2^32 without wrapping.
+static void test_sizes_beyond_int(void)
+{
+    Config c = config_preset(DEEPSEEK_V3);
+    Layout p = layout_make(&c);
+    size_t at = 0, large = 0;
+    double sum = 0;
+    for (size_t i = 0; i < p.tensors; i++) {
+        const Tensor *t = &p.tensor[i];
+        EXPECT(t->offset == at, "tensor %zu lies at %zu, expected %zu", i, t->offset, at);
+        EXPECT((double)tensor_size(t) == (double)t->count * (double)t->rows * (double)t->cols,
+               "tensor %zu has %zu elements", i, tensor_size(t));
+        at += ceil_div(tensor_size(t), 16) * 16;
+        sum += (double)t->count * (double)t->rows * (double)t->cols;
+        large += tensor_size(t) > INT_MAX;
+    }
+    EXPECT(p.elements == at && (double)parameters(&p) == sum, "%zu elements, expected %zu",
+           p.elements, at);
+    EXPECT(large == 3 * 59 && sum > 682e9, "%zu tensors pass 2^31, of %g elements", large, sum);
+    free(p.tensor);
+    Acts one = acts_plan(&c, 1, 4096, 1), many = acts_plan(&c, 4096, 4096, 1);
+    double ratio = (double)many.arena.used / (double)one.arena.used;
+    EXPECT(ratio > 4095 && ratio <= 4096, "4096 sequences take %g times the memory of one", ratio);
+    acts_free(&one);
+    acts_free(&many);
 }
 #endif // not MOE_DOUBLE
 
@@ -2553,8 +2990,11 @@ static const Test tests[] = {
     BOTH(latent_attention) BOTH(decode) BOTH(window) BOTH(generate)
 #ifndef MOE_DOUBLE
     TEST(generate_trained) TEST(sample_token) TEST(json) TEST(save_load) TEST(load_dtypes_shards)
-    TEST(damaged_weights) TEST(damaged_config) TEST(window_start) TEST(schedule) TEST(text_loss)
+    TEST(load_fp8) TEST(damaged_weights) TEST(damaged_config) TEST(rope_parameters)
+    TEST(sizes_beyond_int) TEST(window_start) TEST(schedule) TEST(text_loss)
     TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump)
+    TEST(resume_is_exact) TEST(killed_while_saving) TEST(disk_full) TEST(read_only_directory)
+    TEST(signals) TEST(not_finite) TEST(memory_refused)
 #endif
 };
 
