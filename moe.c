@@ -2692,6 +2692,34 @@ static void config_expect(const Json *object, const char *file, const char *key,
         die(BAD_INPUT, "%s: %s is %s; this program knows only %s", file, key, is, value);
 }
 
+// YaRN is in "rope_scaling" and the base beside it; transformers 5 has "rope_parameters", the base
+// inside and rope_type "default" where there is no YaRN.
+static void rope_from_json(Config *c, const Json *j, const char *file)
+{
+    const Json *rope = json_get(j, "rope_scaling");
+    if (!rope || rope->type == JSON_NULL) rope = json_get(j, "rope_parameters");
+    if (!rope || rope->type == JSON_NULL) return;
+    if (rope->type != JSON_OBJECT) die(BAD_INPUT, "%s: %s must be an object", file, rope->key);
+    const Json *type = json_get(rope, json_get(rope, "rope_type") ? "rope_type" : "type");
+    int yarn = type ? type->type != JSON_STRING || strcmp(type->string, "default") != 0
+                    : json_get(rope, "factor") != NULL;
+    if (yarn) {
+        config_expect(rope, file, "type", "yarn");
+        config_expect(rope, file, "rope_type", "yarn");
+        c->yarn_factor = 1, c->yarn_original = 4096, c->yarn_fast = 32, c->yarn_slow = 1;
+        c->yarn_mscale = 1, c->yarn_mscale_all_dim = 0;
+    }
+    for (const Json *k = rope->child; k; k = k->next) {
+        const char *name = k->key;
+        if (k->type == JSON_NULL || !strcmp(name, "type") || !strcmp(name, "rope_type")) continue;
+        if (!strcmp(name, "rope_theta")) c->theta = config_number(k, file, name);
+#define READ_YARN(symbol, key, ...) \
+        else if (yarn && !strcmp(name, #key)) c->symbol = config_number(k, file, name);
+        CONFIG_YARN(READ_YARN)
+        else die(BAD_INPUT, "%s: %s: %s is not known here", file, rope->key, name);
+    }
+}
+
 static Config config_from_json(const Json *j, const char *file)
 {
     Config c = config_preset(LAPTOP);
@@ -2705,25 +2733,18 @@ static Config config_from_json(const Json *j, const char *file)
     if (json_get(j, #key)) c.symbol = config_number(json_get(j, #key), file, #key);
     CONFIG_SIZES(READ_SIZE)
     CONFIG_REALS(READ_REAL)
-    const Json *yarn = json_get(j, "rope_scaling");
-    if (yarn && yarn->type != JSON_NULL) {
-        if (yarn->type != JSON_OBJECT) die(BAD_INPUT, "%s: rope_scaling must be an object", file);
-        config_expect(yarn, file, "type", "yarn");
-        config_expect(yarn, file, "rope_type", "yarn");
-        c.yarn_factor = 1, c.yarn_original = 4096, c.yarn_fast = 32, c.yarn_slow = 1;
-        c.yarn_mscale = 1, c.yarn_mscale_all_dim = 0;
-#define READ_YARN(symbol, key, ...) \
-        if (json_get(yarn, #key)) c.symbol = config_number(json_get(yarn, #key), file, #key);
-        CONFIG_YARN(READ_YARN)
-    }
+    rope_from_json(&c, j, file);
+    if (c.E == 0) c.dense = c.L; // for transformers, that decides by it alone
     config_expect(j, file, "model_type", "deepseek_v3");
     config_expect(j, file, "scoring_func", "sigmoid");
     config_expect(j, file, "topk_method", "noaux_tc");
     config_expect(j, file, "hidden_act", "silu");
     config_expect(j, file, "attention_bias", "false");
+    config_expect(j, file, "rope_interleave", "true");
     config_expect(j, file, "tie_word_embeddings", "false");
     const Json *heads = json_get(j, "num_key_value_heads"), *freq = json_get(j, "moe_layer_freq");
-    if (heads && config_number(heads, file, "num_key_value_heads") != (double)c.NH)
+    if (heads && heads->type != JSON_NULL &&
+        config_number(heads, file, "num_key_value_heads") != (double)c.NH)
         die(BAD_INPUT, "%s: num_key_value_heads must equal num_attention_heads, %zu", file, c.NH);
     if (freq && config_number(freq, file, "moe_layer_freq") != 1)
         die(BAD_INPUT, "%s: moe_layer_freq must be 1", file);
@@ -2793,9 +2814,16 @@ static void output_close(Output *o)
     free(o->temporary);
 }
 
+// A real number as Python's json writes it: transformers takes no 1 where it expects 1.0.
+static const char *json_real(char room[32], double x)
+{
+    snprintf(room, 30, "%.17g", x);
+    return strpbrk(room, ".e") ? room : strcat(room, ".0");
+}
+
 static void config_save(const Config *c, const char *directory)
 {
-    char *path = path_join(directory, "config.json"), text[8192];
+    char *path = path_join(directory, "config.json"), text[8192], room[32];
     Output o = output_open(path);
     int n = snprintf(text, sizeof text, "{\n  \"architectures\": [\"DeepseekV3ForCausalLM\"],\n"
                      "  \"model_type\": \"deepseek_v3\",\n  \"torch_dtype\": \"float32\",\n");
@@ -2805,12 +2833,14 @@ static void config_save(const Config *c, const char *directory)
         PRINT("  \"%s\": %s,\n", #key, c->symbol ? "true" : "false"); \
     else if (!strcmp(#key, "q_lora_rank") && !c->symbol) PRINT("  \"%s\": null,\n", #key); \
     else PRINT("  \"%s\": %zu,\n", #key, c->symbol);
-#define PRINT_REAL(symbol, key, ...) PRINT("  \"%s\": %.17g,\n", #key, c->symbol);
+#define PRINT_REAL(symbol, key, ...) PRINT("  \"%s\": %s,\n", #key, json_real(room, c->symbol));
     CONFIG_SIZES(PRINT_SIZE)
     CONFIG_REALS(PRINT_REAL)
     if (c->yarn_factor > 0) {
         PRINT("  \"rope_scaling\": {\n");
-#define PRINT_YARN(symbol, key, ...) PRINT("    \"%s\": %.17g,\n", #key, c->symbol);
+#define PRINT_YARN(symbol, key, ...) \
+        if (&c->symbol == &c->yarn_original) PRINT("    \"%s\": %.17g,\n", #key, c->symbol); \
+        else PRINT("    \"%s\": %s,\n", #key, json_real(room, c->symbol));
         CONFIG_YARN(PRINT_YARN)
         PRINT("    \"type\": \"yarn\"\n  },\n");
     } else {
@@ -3056,7 +3086,8 @@ static int compare_places(const void *x, const void *y)
 {
     const Stored *a = (const Stored *)x, *b = (const Stored *)y;
     if (a->shard != b->shard) return a->shard < b->shard ? -1 : 1;
-    return a->begin < b->begin ? -1 : a->begin > b->begin;
+    if (a->begin != b->begin) return a->begin < b->begin ? -1 : 1;
+    return a->end < b->end ? -1 : a->end > b->end; // an empty tensor before what begins there too
 }
 
 // Every tensor of the shards, sorted by name. Data must fill a file without gap or overlap.
@@ -3211,23 +3242,49 @@ static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *pre
     }
 }
 
-// Dies if there is a tensor that nobody read.
+// Dies if there is a tensor that nobody read. Empty ones are transformers' for no shared experts.
 static void checkpoint_close(Checkpoint *c)
 {
-    for (size_t i = 0; i < c->n; i++)
-        if (!c->stored[i].used && !is_shared_copy(c->stored[i].name))
-            die(BAD_INPUT, "%s: %s: config.json has no place for it", c->stored[i].shard->path,
-                c->stored[i].name);
+    for (size_t i = 0; i < c->n; i++) {
+        const Stored *s = &c->stored[i];
+        if (!s->used && s->begin < s->end && !is_shared_copy(s->name))
+            die(BAD_INPUT, "%s: %s: config.json has no place for it", s->shard->path, s->name);
+    }
     for (size_t i = 0; i < c->shards; i++) shard_close(&c->shard[i]);
     free(c->shard);
     free(c->stored);
 }
 
+// Whether the files have a tensor of this layer.
+static int shards_have_layer(const Shard *shard, size_t shards, size_t layer)
+{
+    char prefix[48];
+    size_t n = (size_t)snprintf(prefix, sizeof prefix, "model.layers.%zu.", layer);
+    for (size_t i = 0; i < shards; i++)
+        for (const Json *j = shard[i].header->child; j; j = j->next)
+            if (!strncmp(j->key, prefix, n)) return 1;
+    return 0;
+}
+
+// The configuration of the model in a directory. transformers has no MTP layers and drops them when
+// it saves, but keeps num_nextn_predict_layers: then there are none here either.
 static Config directory_config(const char *directory)
 {
     char *path = path_join(directory, "config.json");
     Config c = config_load(path);
     free(path);
+    if (c.D == 0) return c;
+    static int said; // once, though a command asks again when it loads
+    size_t shards;
+    Shard *shard = shards_open(directory, &shards);
+    if (!shards_have_layer(shard, shards, c.L)) {
+        if (!said++)
+            fprintf(stderr, "moe: %s: num_nextn_predict_layers is %zu, but no such layers are "
+                    "there; going on without\n", directory, c.D);
+        c.D = 0;
+    }
+    for (size_t i = 0; i < shards; i++) shard_close(&shard[i]);
+    free(shard);
     return c;
 }
 

@@ -2193,6 +2193,13 @@ static void test_damaged_config(void)
         {"rope_scaling\": null", "rope_scaling\": {\"type\": \"linear\"}", "type is linear"},
         {"rope_scaling\": null", "rope_scaling\": {\"factor\": 0.5}", "factor >= 1"},
         {"rope_scaling\": null", "rope_scaling\": 4", "rope_scaling must be an object"},
+        {"rope_scaling\": null", "rope_parameters\": 4", "rope_parameters must be an object"},
+        {"rope_scaling\": null", "rope_parameters\": {\"rope_theta\": 0.5}", "rope_theta above 1"},
+        {"rope_scaling\": null", "rope_parameters\": {\"rope_type\": \"default\", \"factor\": 2}",
+         "rope_parameters: factor is not known"},
+        {"rope_scaling\": null", "rope_parameters\": {\"rope_type\": \"yarn\", \"truncate\": 0}",
+         "truncate is not known"},
+        {"\"rope_scaling\": null", "\"rope_interleave\": false", "rope_interleave is false"},
         {"rms_norm_eps\": ", "rms_norm_eps\": 0, \"x\":", "rms_norm_eps must be above 0"},
         {"key_value_heads\": 2", "key_value_heads\": 1", "num_key_value_heads must equal"},
     };
