@@ -12,7 +12,7 @@ ARCH := $(or $(call try,-march=native),$(call try,-mcpu=native))
 OPENMP := $(or $(call try,-fopenmp),$(call try,-fopenmp-simd))
 # a*b+c may become one fma; libm's errno and traps are not wanted. No -ffast-math.
 CFLAGS = -O3 $(ARCH) -ffp-contract=fast -fno-math-errno -fno-trapping-math
-WARN = -std=c11 -Wall -Wextra -Wpedantic
+WARN = -std=c11 -Wall -Wextra -Wpedantic -Wno-pass-failed
 BUILD = $(CC) $(WARN) $(CFLAGS) $(OPENMP)
 
 DATA = tinyshakespeare/input.txt

@@ -2712,6 +2712,34 @@ static void config_expect(const Json *object, const char *file, const char *key,
 
 enum { FP8_BLOCK = 128 }; // rows, and columns, that share a scale: [V3] 3.3.2
 
+// YaRN is in "rope_scaling" and the base beside it; transformers 5 has "rope_parameters", the base
+// inside and rope_type "default" where there is no YaRN.
+static void rope_from_json(Config *c, const Json *j, const char *file)
+{
+    const Json *rope = json_get(j, "rope_scaling");
+    if (!rope || rope->type == JSON_NULL) rope = json_get(j, "rope_parameters");
+    if (!rope || rope->type == JSON_NULL) return;
+    if (rope->type != JSON_OBJECT) die(BAD_INPUT, "%s: %s must be an object", file, rope->key);
+    const Json *type = json_get(rope, json_get(rope, "rope_type") ? "rope_type" : "type");
+    int yarn = type ? type->type != JSON_STRING || strcmp(type->string, "default") != 0
+                    : json_get(rope, "factor") != NULL;
+    if (yarn) {
+        config_expect(rope, file, "type", "yarn");
+        config_expect(rope, file, "rope_type", "yarn");
+        c->yarn_factor = 1, c->yarn_original = 4096, c->yarn_fast = 32, c->yarn_slow = 1;
+        c->yarn_mscale = 1, c->yarn_mscale_all_dim = 0;
+    }
+    for (const Json *k = rope->child; k; k = k->next) {
+        const char *name = k->key;
+        if (k->type == JSON_NULL || !strcmp(name, "type") || !strcmp(name, "rope_type")) continue;
+        if (!strcmp(name, "rope_theta")) c->theta = config_number(k, file, name);
+#define READ_YARN(symbol, key, ...) \
+        else if (yarn && !strcmp(name, #key)) c->symbol = config_number(k, file, name);
+        CONFIG_YARN(READ_YARN)
+        else die(BAD_INPUT, "%s: %s: %s is not known here", file, rope->key, name);
+    }
+}
+
 static Config config_from_json(const Json *j, const char *file)
 {
     Config c = config_preset(LAPTOP);
@@ -2725,29 +2753,15 @@ static Config config_from_json(const Json *j, const char *file)
     if (json_get(j, #key)) c.symbol = config_number(json_get(j, #key), file, #key);
     CONFIG_SIZES(READ_SIZE)
     CONFIG_REALS(READ_REAL)
-    const Json *yarn = json_get(j, "rope_scaling"), *rope = json_get(j, "rope_parameters");
-    if (rope && rope->type == JSON_OBJECT) { // as transformers 5 writes both
-        const Json *theta = json_get(rope, "rope_theta"), *type = json_get(rope, "rope_type");
-        if (theta) c.theta = config_number(theta, file, "rope_theta");
-        int is_default = type && type->type == JSON_STRING && !strcmp(type->string, "default");
-        yarn = is_default ? NULL : rope;
-    }
-    if (yarn && yarn->type != JSON_NULL) {
-        if (yarn->type != JSON_OBJECT) die(BAD_INPUT, "%s: rope_scaling must be an object", file);
-        config_expect(yarn, file, "type", "yarn");
-        config_expect(yarn, file, "rope_type", "yarn");
-        c.yarn_factor = 1, c.yarn_original = 4096, c.yarn_fast = 32, c.yarn_slow = 1;
-        c.yarn_mscale = 1, c.yarn_mscale_all_dim = 0;
-#define READ_YARN(symbol, key, ...) \
-        if (json_get(yarn, #key)) c.symbol = config_number(json_get(yarn, #key), file, #key);
-        CONFIG_YARN(READ_YARN)
-    }
+    rope_from_json(&c, j, file);
+    if (c.E == 0) c.dense = c.L; // for transformers, that decides by it alone
     config_expect(j, file, "model_type", "deepseek_v3");
     config_expect(j, file, "scoring_func", "sigmoid");
     config_expect(j, file, "topk_method", "noaux_tc");
     config_expect(j, file, "seq_aux", "true");
     config_expect(j, file, "hidden_act", "silu");
     config_expect(j, file, "attention_bias", "false");
+    config_expect(j, file, "rope_interleave", "true");
     config_expect(j, file, "tie_word_embeddings", "false");
     const Json *fp8 = json_get(j, "quantization_config"); // how stored_read takes FP8 weights
     if (fp8 && fp8->type == JSON_OBJECT) {
@@ -2762,7 +2776,8 @@ static Config config_from_json(const Json *j, const char *file)
         die(BAD_INPUT, "%s: quantization_config must be an object", file);
     }
     const Json *heads = json_get(j, "num_key_value_heads"), *freq = json_get(j, "moe_layer_freq");
-    if (heads && config_number(heads, file, "num_key_value_heads") != (double)c.NH)
+    if (heads && heads->type != JSON_NULL &&
+        config_number(heads, file, "num_key_value_heads") != (double)c.NH)
         die(BAD_INPUT, "%s: num_key_value_heads must equal num_attention_heads, %zu", file, c.NH);
     if (freq && config_number(freq, file, "moe_layer_freq") != 1)
         die(BAD_INPUT, "%s: moe_layer_freq must be 1", file);
@@ -2832,9 +2847,16 @@ static void output_close(Output *o)
     free(o->temporary);
 }
 
+// A real number as Python's json writes it: transformers takes no 1 where it expects 1.0.
+static const char *json_real(char room[32], double x)
+{
+    snprintf(room, 30, "%.17g", x);
+    return strpbrk(room, ".e") ? room : strcat(room, ".0");
+}
+
 static void config_save(const Config *c, const char *directory)
 {
-    char *path = path_join(directory, "config.json"), text[8192];
+    char *path = path_join(directory, "config.json"), text[8192], room[32];
     Output o = output_open(path);
     int n = snprintf(text, sizeof text, "{\n  \"architectures\": [\"DeepseekV3ForCausalLM\"],\n"
                      "  \"model_type\": \"deepseek_v3\",\n  \"torch_dtype\": \"float32\",\n");
@@ -2844,12 +2866,14 @@ static void config_save(const Config *c, const char *directory)
         PRINT("  \"%s\": %s,\n", #key, c->symbol ? "true" : "false"); \
     else if (!strcmp(#key, "q_lora_rank") && !c->symbol) PRINT("  \"%s\": null,\n", #key); \
     else PRINT("  \"%s\": %zu,\n", #key, c->symbol);
-#define PRINT_REAL(symbol, key, ...) PRINT("  \"%s\": %.17g,\n", #key, c->symbol);
+#define PRINT_REAL(symbol, key, ...) PRINT("  \"%s\": %s,\n", #key, json_real(room, c->symbol));
     CONFIG_SIZES(PRINT_SIZE)
     CONFIG_REALS(PRINT_REAL)
     if (c->yarn_factor > 0) {
         PRINT("  \"rope_scaling\": {\n");
-#define PRINT_YARN(symbol, key, ...) PRINT("    \"%s\": %.17g,\n", #key, c->symbol);
+#define PRINT_YARN(symbol, key, ...) \
+        if (&c->symbol == &c->yarn_original) PRINT("    \"%s\": %.17g,\n", #key, c->symbol); \
+        else PRINT("    \"%s\": %s,\n", #key, json_real(room, c->symbol));
         CONFIG_YARN(PRINT_YARN)
         PRINT("    \"type\": \"yarn\"\n  },\n");
     } else {
@@ -3101,7 +3125,7 @@ static int compare_places(const void *x, const void *y)
 {
     const Stored *a = (const Stored *)x, *b = (const Stored *)y;
     if (a->begin != b->begin) return a->begin < b->begin ? -1 : 1;
-    return a->end < b->end ? -1 : a->end > b->end;
+    return a->end < b->end ? -1 : a->end > b->end; // an empty tensor before what begins there too
 }
 
 // An opened checkpoint: the tensors of all its files.
@@ -3309,23 +3333,43 @@ static int is_shared_copy(const char *name)
     return !strcmp(name, ".embed_tokens.weight") || !strcmp(name, ".shared_head.head.weight");
 }
 
-// Dies if there is a tensor that nobody read.
+// Dies if there is a tensor that nobody read. Empty ones are transformers' for no shared experts.
+static void checkpoint_all_used(const Checkpoint *c)
+{
+    for (size_t i = 0; i < c->n; i++) {
+        const Stored *s = &c->stored[i];
+        if (!s->used && s->begin < s->end && !is_shared_copy(s->name))
+            die(BAD_INPUT, "%s: %s: config.json has no place for it", s->shard->path, s->name);
+    }
+}
+
 static void checkpoint_close(Checkpoint *c)
 {
-    for (size_t i = 0; i < c->n; i++)
-        if (!c->stored[i].used && !is_shared_copy(c->stored[i].name))
-            die(BAD_INPUT, "%s: %s: config.json has no place for it", c->stored[i].shard->path,
-                c->stored[i].name);
     for (size_t i = 0; i < c->shards; i++) shard_close(&c->shard[i]);
     free(c->shard);
     free(c->stored);
 }
 
+// The configuration of the model in a directory. transformers has no MTP layers and drops them when
+// it saves, but keeps num_nextn_predict_layers: then there are none here either.
 static Config directory_config(const char *directory)
 {
     char *path = path_join(directory, "config.json");
     Config c = config_load(path);
     free(path);
+    if (c.D == 0) return c;
+    static int said; // once, though a command asks again when it loads
+    Checkpoint files = checkpoint_open(directory);
+    char prefix[48];
+    size_t n = (size_t)snprintf(prefix, sizeof prefix, "model.layers.%zu.", c.L), found = 0;
+    for (size_t i = 0; i < files.n; i++) found += !strncmp(files.stored[i].name, prefix, n);
+    checkpoint_close(&files);
+    if (!found) {
+        if (!said++)
+            fprintf(stderr, "moe: %s: num_nextn_predict_layers is %zu, but no such layers are "
+                    "there; going on without\n", directory, c.D);
+        c.D = 0;
+    }
     return c;
 }
 
@@ -3339,6 +3383,7 @@ static Model model_load(const char *directory, int training)
     free(layout.tensor);
     Model m = model_make(&config, training);
     checkpoint_read(&c, &m.layout, "", m.weights);
+    checkpoint_all_used(&c);
     checkpoint_close(&c);
     return m;
 }
@@ -3362,7 +3407,7 @@ enum {
     X(TRAIN, Count, stop_after, "stop-after", "0", "K", "end after step K, saving; 0: do not") \
     X(RUN, Count, save_every, "save-every", "200", "N", "steps between saves; 0: at the end") \
     X(CHECK, Text, dump, "dump", "", "FILE", "write logits, losses and gradients there") \
-    X(RUN, Count, steps, "steps", "840", "N", "steps to train") \
+    X(RUN, Count, steps, "steps", "780", "N", "steps to train") \
     X(CHECK, Count, check_steps, "steps", "0", "N", "AdamW steps to take on the batch") \
     X(RUN | CHECK, Count, batch, "batch", "8", "B", "sequences at once") \
     X(RUN | EVAL | CHECK, Count, seq, "seq", "0", "T", \
@@ -3373,21 +3418,21 @@ enum {
     X(RUN, Number, lr, "lr", "0.005", "X", "peak learning rate") \
     X(CHECK, Number, check_lr, "lr", "0.001", "X", "learning rate of --steps") \
     X(RUN, Number, adam_lr, "adam-lr", "0.02", "X", "beside muon, AdamW's peak learning rate") \
-    X(RUN, Count, warmup, "warmup", "20", "N", "steps of linear warm-up") \
+    X(RUN, Count, warmup, "warmup", "10", "N", "steps of linear warm-up") \
     X(RUN, Number, hold, "hold", "0", "X", \
       "share of the steps at the peak, then the cosine; V3: 0.68") \
-    X(RUN, Number, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at") \
+    X(RUN, Number, min_lr, "min-lr", "0", "X", "share of the peak that the cosine ends at") \
     X(RUN | CHECK, Number, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
     X(RUN | CHECK, Number, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
     X(RUN | CHECK, Number, decay, "weight-decay", "0.1", "X", "decoupled weight decay") \
     X(RUN | CHECK, Number, clip, "clip", "1", "X", "global gradient norm; 0: no clipping") \
-    X(RUN, Number, momentum, "momentum", "0.95", "X", "Muon's momentum") \
+    X(RUN, Number, momentum, "momentum", "0.9", "X", "Muon's momentum") \
     X(RUN, Number, bias_speed, "bias-speed", "0.02", "X", \
       "step of the routers' bias; V3, in many more steps: 0.001") \
     X(CHECK, Number, check_bias_speed, "bias-speed", "0.001", "X", "step of the routers' bias") \
     X(RUN, Number, val_share, "val-share", "0.1", "X", \
       "last part of the text, kept for validation") \
-    X(RUN, Count, val_every, "val-every", "100", "N", \
+    X(RUN, Count, val_every, "val-every", "200", "N", \
       "steps between validations; 0: only at the end") \
     X(RUN, Count, log_every, "log-every", "10", "N", "steps between lines when piped") \
     X(SAMPLE, Text, prompt, "prompt", "\n", "TEXT", "what the text begins with") \
@@ -3798,6 +3843,7 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
     checkpoint_read(&c, &m->layout, "", m->weights);
     checkpoint_read(&c, &m->layout, "m.", opt->m);
     checkpoint_read(&c, &m->layout, "v.", opt->v);
+    checkpoint_all_used(&c);
     checkpoint_close(&c);
     if (r->step >= o->steps)
         die(BAD_INPUT, "%s: the run has taken all its %zu steps; a larger --steps goes on",
