@@ -25,9 +25,10 @@ Papers, cited below as [V2] arXiv:2405.04434, [V3] arXiv:2412.19437, [YaRN] arXi
      8  Files                  JSON, safetensors, model directories
      9  Options                the one table of the command line
     10  Training               data, schedule, progress
-    11  Commands
+    11  Planning               parameters, work, memory, time, cost               [V3] 4.2
+    12  Commands
 
-Sections 5 to 11 never mention a device: they call operations and move memory with device_*().
+Sections 5 to 12 never mention a device: they call operations and move memory with device_*().
 A pointer's comment gives its shape, rows first. An operation's outputs come before its inputs.
 */
 #define _POSIX_C_SOURCE 200809L
@@ -3395,12 +3396,14 @@ static Model model_load(const char *directory, int training)
 // what it takes, what it does.
 enum {
     TRAIN = 1, SAMPLE = 2, EVAL = 4, CHECK = 8, MOST = TRAIN | SAMPLE | EVAL | CHECK,
-    SAVED = 16, RUN = TRAIN | SAVED // saved with a run, for --resume
+    PLAN = 16, SAVED = 32, RUN = TRAIN | SAVED // saved with a run, for --resume
 };
 #define OPTIONS(X) \
     X(MOST, Text, model, "model", "", "DIR", "model directory to start from") \
     X(TRAIN | CHECK, Text, config, "config", "laptop", "FILE", \
       "new model: a config.json, laptop, laptop-mtp, moonlight-16b, deepseek-v3") \
+    X(PLAN, Text, plan_config, "config", "deepseek-v3", "FILE", \
+      "a config.json, laptop, laptop-mtp, moonlight-16b or deepseek-v3") \
     X(RUN | EVAL | CHECK, Text, data, "data", "", "FILE", "text to read") \
     X(TRAIN, Text, out, "out", "out/model", "DIR", "where the trained model goes") \
     X(TRAIN, Text, resume, "resume", "", "DIR", "go on with the run that was saved there") \
@@ -3418,10 +3421,10 @@ enum {
     X(RUN, Number, lr, "lr", "0.005", "X", "peak learning rate") \
     X(CHECK, Number, check_lr, "lr", "0.001", "X", "learning rate of --steps") \
     X(RUN, Number, adam_lr, "adam-lr", "0.02", "X", "beside muon, AdamW's peak learning rate") \
-    X(RUN, Count, warmup, "warmup", "10", "N", "steps of linear warm-up") \
+    X(RUN, Count, warmup, "warmup", "20", "N", "steps of linear warm-up") \
     X(RUN, Number, hold, "hold", "0", "X", \
       "share of the steps at the peak, then the cosine; V3: 0.68") \
-    X(RUN, Number, min_lr, "min-lr", "0", "X", "share of the peak that the cosine ends at") \
+    X(RUN, Number, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at") \
     X(RUN | CHECK, Number, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
     X(RUN | CHECK, Number, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
     X(RUN | CHECK, Number, decay, "weight-decay", "0.1", "X", "decoupled weight decay") \
@@ -3444,6 +3447,24 @@ enum {
       "choose among the likeliest of this total probability") \
     X(SAMPLE, Flag, speculate, "speculate", "", "", \
       "draft with the MTP layer; the text stays the same") \
+    X(PLAN, Text, gpu, "gpu", "h800", "NAME", \
+      "device: h800, h100, h200, h20, b200, a100, mi300x or rtx-4090") \
+    X(PLAN, Count, gpus, "gpus", "0", "N", \
+      "devices; 0: as the split needs, for deepseek-v3 2048") \
+    X(PLAN, Count, data_parallel, "data-parallel", "0", "N", \
+      "devices that share a batch; 0: --gpus / --pipeline") \
+    X(PLAN, Count, expert_parallel, "expert-parallel", "0", "N", \
+      "of these, devices that share the experts; 0: 1, for deepseek-v3 64") \
+    X(PLAN, Count, pipeline, "pipeline", "0", "N", \
+      "stages of layers; 0: 1, for deepseek-v3 16") \
+    X(PLAN, Count, micro_batch, "batch", "1", "B", "sequences at once in a device") \
+    X(PLAN, Count, context, "seq", "0", "T", \
+      "tokens of a sequence; 0: as in pre-training, before YaRN") \
+    X(PLAN, Number, budget, "budget", "0", "N", \
+      "tokens to train on; 0: 20 an active parameter, for deepseek-v3 14.8e12") \
+    X(PLAN, Number, mfu, "mfu", "0.4", "X", "model FLOPs utilization, of bfloat16's peak") \
+    X(PLAN, Number, price, "price", "2", "X", "dollars a GPU hour") \
+    X(PLAN, Flag, json, "json", "", "", "print JSON") \
     X(MOST | SAVED, Count, seed, "seed", "1", "S", "of all random numbers") \
     X(MOST, Count, threads, "threads", "0", "N", "0: as many as there are")
 
@@ -3626,12 +3647,17 @@ static Generation sample(const Model *m, const Options *o, const char *prompt, i
     return g;
 }
 
+// A preset, or what a file says.
+static Config config_named(const char *name)
+{
+    for (int preset = 0; preset < PRESETS; preset++)
+        if (!strcmp(name, preset_names[preset])) return config_preset(preset);
+    return config_load(name);
+}
+
 static Config config_from_options(const Options *o)
 {
-    if (*o->model) return directory_config(o->model);
-    for (int preset = 0; preset < PRESETS; preset++)
-        if (!strcmp(o->config, preset_names[preset])) return config_preset(preset);
-    return config_load(o->config);
+    return *o->model ? directory_config(o->model) : config_named(o->config);
 }
 
 // A model of this configuration: that of --model, or a new one.
@@ -4035,7 +4061,371 @@ static int command_train(const Options *o)
 }
 
 // ------------------------------------------------------------------------------------------------
-// 11  Commands
+// 11  Planning
+
+// What a model and its training take, from sizes alone: no weight is allocated. Beside it stands
+// what was published: [V3] 4.2 and table 1; V3's work, speed and cache in [ISCA] arXiv:2505.09343,
+// tables 1, 2, 4; R1's hours in Nature 645 (2025), supplement; Moonlight's sizes in its paper, 3.
+
+// Parts of the main model by their tensors' names: the first prefix that fits.
+static const struct { const char *name, *prefix; } parts[] = {
+    {"embedding", "model.embed_tokens."}, {"head", "lm_head."}, {"attention", "self_attn."},
+    {"shared", "mlp.shared_experts."}, {"routed", "mlp.experts."}, {"router", "mlp.gate."},
+    {"dense", "mlp."}, {"norms", ""},
+};
+enum { EMBEDDING_PART, HEAD_PART, PARTS = sizeof parts / sizeof *parts };
+
+// Dense bfloat16 peak and memory of a device, as its maker gives them.
+static const struct { const char *name; double tflops, gigabytes; } gpus[] = {
+    {"h800", 989, 80}, {"h100", 989, 80}, {"h200", 989, 141}, {"h20", 148, 96},
+    {"b200", 2250, 180}, {"a100", 312, 80}, {"mi300x", 1307, 192}, {"rtx-4090", 165, 24},
+};
+enum { H800, GPUS = sizeof gpus / sizeof *gpus };
+
+enum { V3_CONTEXT = 4096, V3_GPUS = 2048, V3_PIPELINE = 16, V3_EXPERT_PARALLEL = 64 };
+#define V3_TOKENS 14.8e12 // of pre-training, like the hours
+#define V3_HOURS 2664e3
+
+// Whether a configuration, wherever it comes from, has a preset's sizes.
+static int is_preset(const Config *c, int preset)
+{
+    Config p = config_preset(preset);
+#define SAME_SIZE(symbol, ...) && c->symbol == p.symbol
+    return 1 CONFIG_SIZES(SAME_SIZE);
+}
+
+// Weights of a tensor that one token meets: of E routed experts K; none of the embedding, of which
+// it copies a row.
+static double active_size(const Config *c, const Tensor *t)
+{
+    double n = (double)tensor_size(t);
+    return t->kind == EMBEDDING ? 0 : t->count > 1 ? n / (double)t->count * (double)c->K : n;
+}
+
+// Operations of a token's forward pass in a sequence of T, with or without multi-token prediction:
+// a multiply-add for each weight of the matrices it meets, and for each number of the keys and
+// values of the T/2 tokens that it sees on average. The backward pass takes twice as many, as a
+// product has two factors to find the gradients of. This is the useful work: nothing that is masked
+// or computed again counts.
+static double flops_forward(const Config *c, size_t T, int mtp)
+{
+    Layout layout = layout_make(c);
+    size_t depths = mtp ? c->D : 0;
+    double weights = 0, attention = (double)(c->NH * (c->Dn + c->Dr + c->Dv)) * (double)T / 2;
+    for (size_t i = 0; i < layout.tensors; i++) {
+        const Tensor *t = &layout.tensor[i];
+        int is_matrix = t->kind == MATRIX || t->kind == ROUTER || t->kind == HEAD;
+        if (is_matrix && t->layer < (int)(c->L + depths)) // the head serves every depth
+            weights += active_size(c, t) * (double)(t->kind == HEAD ? 1 + depths : 1);
+    }
+    free(layout.tensor);
+    return 2 * (weights + (double)(c->L + depths) * attention);
+}
+
+// Tables for people, or one JSON object with the same names as keys.
+typedef struct {
+    int json;
+    size_t rows, columns;
+    const char *column[3], *letters;
+    double value[3]; // of the last row
+} Report;
+
+// What shows a number as 1.234G: the letters for 1, 1e3, 1e6 ...; or else as a share.
+static const char counts[] = " KMBT", units[] = " KMGTPEZY", percent[] = "%";
+
+static const char *show_scaled(char *room, double x, const char *letters) // 32 characters
+{
+    size_t k = 0;
+    while (fabs(x) >= 999.9995 && letters[k] && letters[k + 1]) x /= 1000, k++;
+    if (isnan(x)) *room = 0;
+    else if (letters == percent) snprintf(room, 32, "%+.2f%%", 100 * x);
+    else if (k) snprintf(room, 32, "%.3f%c", x, letters[k]);
+    else snprintf(room, 32, "%.4g", x);
+    return room;
+}
+
+static void report_section(Report *r, const char *name, const char *letters, const char *column0,
+                           const char *column1, const char *column2)
+{
+    r->letters = letters;
+    r->column[0] = column0, r->column[1] = column1, r->column[2] = column2;
+    r->columns = column2 ? 3 : 2;
+    if (r->json) {
+        printf("%s,\n  \"%s\": {", r->rows ? "}\n  }" : "", name);
+        r->rows = 0;
+        return;
+    }
+    printf("\n%-34s", name);
+    for (size_t i = 0; i < r->columns; i++) printf("%20s", r->column[i]);
+    printf("\n");
+}
+
+// A line under the heading, for people.
+#define NOTE(r, ...) ((r)->json ? 0 : (printf("  "), printf(__VA_ARGS__), printf("\n")))
+
+// Values under the columns, those that are not NAN.
+static void report_values(const Report *r, const char *indent, const char *name,
+                          const char *letters, const double *value)
+{
+    const char *comma = "";
+    char room[32];
+    if (r->json) printf("\"%s\": {", name);
+    else printf("%s%-*s", indent, 34 - (int)strlen(indent), name);
+    for (size_t i = 0; i < r->columns; i++) {
+        if (!r->json) printf("%20s", show_scaled(room, value[i], letters));
+        else if (!isnan(value[i])) printf("%s\"%s\": %.15g", comma, r->column[i], value[i]);
+        if (!isnan(value[i])) comma = ", ";
+    }
+    if (!r->json) printf("\n");
+}
+
+static void report_row(Report *r, const char *name, double value0, double value1, double value2)
+{
+    r->value[0] = value0, r->value[1] = value1, r->value[2] = value2;
+    if (r->json) printf("%s\n    ", r->rows ? "}," : "");
+    r->rows++;
+    report_values(r, "  ", name, r->letters, r->value);
+}
+
+// What was published of the last row, and how far ours is from it.
+static void report_published(const Report *r, double value0, double value1, double value2)
+{
+    double value[3] = {value0, value1, value2}, difference[3];
+    for (size_t i = 0; i < 3; i++) difference[i] = r->value[i] / value[i] - 1;
+    if (r->json) printf(", ");
+    report_values(r, "    ", "published", r->letters, value);
+    if (r->json) printf("}, ");
+    report_values(r, "    ", "difference", percent, difference);
+    if (r->json) printf("}");
+}
+
+static double report_parameters(Report *r, const Config *c) // returns the active ones
+{
+    Layout layout = layout_make(c);
+    double n[PARTS + 1][2] = {{0}}, main[2] = {0}; // total and active; [PARTS]: of MTP layers
+    const double *embedding = n[EMBEDDING_PART], *head = n[HEAD_PART], *mtp = n[PARTS];
+    for (size_t i = 0; i < layout.tensors; i++) {
+        const Tensor *t = &layout.tensor[i];
+        size_t p = t->layer >= (int)c->L ? PARTS : 0;
+        while (p < PARTS && strncmp(t->name, parts[p].prefix, strlen(parts[p].prefix))) p++;
+        n[p][0] += (double)tensor_size(t);
+        n[p][1] += active_size(c, t);
+    }
+    free(layout.tensor);
+    report_section(r, "parameters", counts, "total", "active", NULL);
+    NOTE(r, "active: met by one token, so %zu of %zu routed experts; the embedding copies one row",
+         c->K, c->E);
+    for (size_t p = 0; p < PARTS; p++) {
+        report_row(r, parts[p].name, n[p][0], n[p][1], NAN);
+        for (size_t i = 0; i < 2; i++) main[i] += n[p][i];
+    }
+    report_row(r, "main_model", main[0], main[1], NAN);
+    if (is_preset(c, DEEPSEEK_V3)) report_published(r, 671e9, 37e9, NAN);
+    report_row(r, "with_embedding_as_active", main[0], main[1] + embedding[0], NAN);
+    report_row(r, "without_embedding_and_head", main[0] - embedding[0] - head[0],
+               main[1] - head[1], NAN);
+    if (is_preset(c, MOONLIGHT)) report_published(r, 15.29e9, 2.24e9, NAN);
+    report_row(r, "MTP", mtp[0], mtp[1], NAN);
+    report_row(r, "all", main[0] + mtp[0], main[1] + mtp[1], NAN);
+    report_row(r, "all_with_MTP's_released_copies", // each depth's, of embedding and head
+               main[0] + mtp[0] + (double)c->D * (embedding[0] + head[0]), NAN, NAN);
+    if (is_preset(c, DEEPSEEK_V3)) report_published(r, 685e9, NAN, NAN);
+    return main[1];
+}
+
+static void report_flops(Report *r, const Config *c, size_t T)
+{
+    static const char *const name[] = {"matrices", "attention", "main_model", "MTP", "all"};
+    double matrices = flops_forward(c, 0, 0), main = flops_forward(c, T, 0);
+    double all = flops_forward(c, T, 1);
+    double value[] = {matrices, main - matrices, main, all - main, all};
+    report_section(r, "flops_of_a_token", units, "forward", "backward", "both");
+    NOTE(r, "in a sequence of %zu; attention: its causal half", T);
+    for (size_t i = 0; i < 5; i++) {
+        report_row(r, name[i], value[i], 2 * value[i], 3 * value[i]);
+        if (value[i] == main && T == V3_CONTEXT && is_preset(c, DEEPSEEK_V3))
+            report_published(r, NAN, NAN, 250e9);
+    }
+}
+
+static void report_cache(Report *r, const Config *c)
+{
+    double latent = 2 * (double)(c->Rkv + c->Dr), plain = 2 * (double)(c->NH * (c->Dn + c->Dv));
+    report_section(r, "cache_bytes_of_a_token", units, "a_layer", "all_layers", NULL);
+    NOTE(r, "bfloat16; plain: a key of Dn and a value of Dv numbers for each head, %.1f times as "
+         "much", plain / latent);
+    report_row(r, "latent_attention", latent, latent * (double)c->L, NAN);
+    if (is_preset(c, DEEPSEEK_V3)) report_published(r, NAN, 70.272e3, NAN);
+    report_row(r, "plain_attention", plain, plain * (double)c->L, NAN);
+}
+
+// `count` devices stand in `data` x `pipeline`, experts spread over `expert` of the `data`.
+typedef struct {
+    size_t gpu, count, data, expert, pipeline;
+} Cluster;
+
+static Cluster cluster_make(const Options *o, const Config *c)
+{
+    Cluster d = {0, o->gpus, o->data_parallel, o->expert_parallel, o->pipeline};
+    int v3 = is_preset(c, DEEPSEEK_V3);
+    char names[200] = "";
+    for (size_t i = 0, n = 0; i < GPUS; i++)
+        n += (size_t)snprintf(names + n, sizeof names - n, " %s", gpus[i].name);
+    while (d.gpu < GPUS && strcmp(o->gpu, gpus[d.gpu].name)) d.gpu++;
+    NEED(d.gpu < GPUS, "--gpu is '%s'; it must be one of%s", o->gpu, names);
+    if (!d.pipeline) d.pipeline = v3 ? V3_PIPELINE : 1;
+    if (!d.expert) d.expert = v3 ? V3_EXPERT_PARALLEL : 1;
+    NEED(d.pipeline <= layers(c), "--pipeline is %zu but there are only %zu layers, MTP's included",
+         d.pipeline, layers(c));
+    NEED(d.expert == 1 || (c->E && c->E % d.expert == 0), "--expert-parallel %zu does not divide "
+         "the %zu experts (n_routed_experts)", d.expert, c->E);
+    if (!d.count && d.data) d.count = d.data * d.pipeline;
+    if (!d.count) d.count = v3 ? (size_t)V3_GPUS : d.expert * d.pipeline;
+    NEED(d.count % d.pipeline == 0, "--pipeline %zu does not divide --gpus %zu", d.pipeline,
+         d.count);
+    if (!d.data) d.data = d.count / d.pipeline;
+    NEED(d.count / d.pipeline == d.data, "--data-parallel %zu x --pipeline %zu is not --gpus %zu",
+         d.data, d.pipeline, d.count);
+    NEED(d.data % d.expert == 0, "--expert-parallel %zu does not divide --data-parallel %zu",
+         d.expert, d.data);
+    return d;
+}
+
+// Stage that holds a tensor: layers in order, as evenly as they divide; the head is in the last.
+static size_t pipeline_stage(const Config *c, const Tensor *t, size_t stages)
+{
+    if (t->layer >= 0) return (size_t)t->layer * stages / layers(c);
+    return t->kind == EMBEDDING ? 0 : stages - 1;
+}
+
+// Bytes of activations in bfloat16: of every layer, kept for the backward pass, or of one alone.
+static double activation_bytes(const Config *c, size_t B, size_t T, int kept)
+{
+    Acts plan = acts_plan(c, B, T, kept);
+    double bytes = 2.0 / sizeof(real) * (double)plan.arena.used;
+    acts_free(&plan);
+    return bytes;
+}
+
+static void report_memory(Report *r, const Config *c, const Cluster *d, size_t B, size_t T)
+{
+    Layout layout = layout_make(c);
+    double held = 0, optimizer = 0, most = 0, has = 1e9 * gpus[d->gpu].gigabytes;
+    for (size_t stage = 0; stage < d->pipeline; stage++) {
+        double each = 0, experts = 0; // parameters that every device of the stage has, or some
+        for (size_t i = 0; i < layout.tensors; i++) {
+            const Tensor *t = &layout.tensor[i];
+            if (pipeline_stage(c, t, d->pipeline) != stage) continue;
+            if (t->count > 1) experts += (double)tensor_size(t);
+            else each += (double)tensor_size(t);
+        }
+        double here = each + experts / (double)d->expert;
+        double shared = 8 * (each + experts) / (double)d->data;
+        if (6 * here + shared > most) held = here, optimizer = shared, most = 6 * here + shared;
+    }
+    free(layout.tensor);
+    // The first stage has a batch under way for every stage: in all as much as the whole model's.
+    // Recomputed, only the blocks' inputs are, and one layer's values and gradients.
+    double kept = activation_bytes(c, B, T, 1), layer = activation_bytes(c, B, T, 0);
+    double again = fmin(kept, 2 * (double)(layers(c) * c->C) * (double)(B * T) + 2 * layer);
+    report_section(r, "bytes_on_the_fullest_device", units, "activations_kept", "recomputed", NULL);
+    NOTE(r, "%zu %s: data %zu x pipeline %zu, experts over %zu; %zu x %zu tokens at once", d->count,
+         gpus[d->gpu].name, d->data, d->pipeline, d->expert, B, T);
+    NOTE(r, "weights bfloat16, gradients float; AdamW's float weights and bfloat16 moments, as "
+         "V3's, split\n  among data-parallel devices (ZeRO-1); activations bfloat16, all kept or "
+         "each block's input\n  alone; V3 recomputes a part and keeps a part in FP8");
+    report_row(r, "weights", 2 * held, 2 * held, NAN);
+    report_row(r, "gradients", 4 * held, 4 * held, NAN);
+    report_row(r, "optimizer", optimizer, optimizer, NAN);
+    report_row(r, "activations", kept, again, NAN);
+    report_row(r, "all", most + kept, most + again, NAN);
+    report_row(r, "device", has, has, NAN);
+    NOTE(r, "%-32s%20s%20s", "", most + kept <= has ? "fits" : "does not fit",
+         most + again <= has ? "fits" : "does not fit");
+}
+
+// The speed of V3's pre-training: our count of its work in the published hours.
+static void report_v3_speed(Report *r, const Config *c)
+{
+    report_section(r, "V3_speed_of_a_GPU", units, "flops_of_a_token", "flops_a_second", "MFU");
+    NOTE(r, "14.8T tokens in the published 2,664K hours; MFU: of bfloat16's peak, %.0f TFLOP/s; "
+         "V3\n  computed in FP8, whose peak is twice that", gpus[H800].tflops);
+    for (int mtp = 0; mtp < 2; mtp++) {
+        double work = 3 * flops_forward(c, V3_CONTEXT, mtp);
+        double rate = work * V3_TOKENS / (3600 * V3_HOURS);
+        report_row(r, mtp ? "with_MTP" : "main_model", work, rate,
+                   rate / (1e12 * gpus[H800].tflops));
+        if (!mtp) report_published(r, 250e9, 385e12, 0.3894);
+    }
+}
+
+// The stages of V3 and R1. Hours are published but for R1's two runs of reinforcement learning:
+// these took 512 H800s 198 and 80 hours. All published dollars are published hours at $2.
+static void report_v3_cost(Report *r, double price)
+{
+    static const struct { const char *name; double hours, published; } stage[] = {
+        {"V3_pre-training", V3_HOURS, 0}, {"V3_context_extension", 119e3, 0},
+        {"V3_post-training", 5e3, 0}, {"V3_in_all", V3_HOURS + 119e3 + 5e3, 2788e3},
+        {"R1-Zero", 512 * 198, 101e3}, {"R1_fine-tuning_data", 5e3, 0},
+        {"R1_reinforcement_learning", 512 * 80, 41e3},
+        {"R1_in_all", 512 * 198 + 5e3 + 512 * 80, 147e3},
+    };
+    report_section(r, "V3_and_R1_at_this_price", counts, "GPU_hours", "dollars", NULL);
+    NOTE(r, "hours as published, but of both reinforcement learnings: 512 H800s for 198 and 80 h");
+    for (size_t i = 0; i < sizeof stage / sizeof *stage; i++) {
+        report_row(r, stage[i].name, stage[i].hours, stage[i].hours * price, NAN);
+        if (stage[i].published > 0)
+            report_published(r, stage[i].published, 2 * stage[i].published, NAN);
+    }
+}
+
+static int command_plan(const Options *o)
+{
+    Config c = config_named(o->plan_config);
+    Cluster d = cluster_make(o, &c);
+    int v3 = is_preset(&c, DEEPSEEK_V3);
+    double trained = c.yarn_factor > 0 ? fmin(c.yarn_original, (double)c.Tmax) : (double)c.Tmax;
+    size_t T = o->context ? o->context : (size_t)trained, B = o->micro_batch;
+    Report r;
+    memset(&r, 0, sizeof r);
+    r.json = o->json;
+    NEED(T <= c.Tmax, "--seq is %zu; the model's max_position_embeddings is %zu", T, c.Tmax);
+    NEED(B > 0 && B <= 1 << 20, "--batch is %zu; it must be 1 to %d", B, 1 << 20);
+    NEED(o->mfu >= 1e-6 && o->mfu <= 1, "--mfu is %g; it must be 1e-6 to 1", o->mfu);
+    NEED(o->budget <= 1e20, "--budget is %g; it must be at most 1e20 tokens", o->budget);
+    NEED(o->price <= 1e6, "--price is %g; it must be at most 1e6 dollars", o->price);
+    activation_bytes(&c, B, T, 1); // sizes that cannot be are refused before anything is printed
+    double flops = 3 * flops_forward(&c, T, 1);
+    char *name = (char *)host_alloc(6 * strlen(o->plan_config) + 1, 1), tokens_text[32];
+    if (r.json) {
+        json_escape(name, o->plan_config);
+        printf("{\n  \"config\": \"%s\", \"seq\": %zu, \"batch\": %zu,\n  \"gpu\": \"%s\", "
+               "\"gpus\": %zu, \"data_parallel\": %zu, \"expert_parallel\": %zu, "
+               "\"pipeline\": %zu", name, T, B, gpus[d.gpu].name, d.count, d.data, d.expert,
+               d.pipeline);
+    } else {
+        printf("%s\n", o->plan_config);
+    }
+    free(name);
+    double active = report_parameters(&r, &c);
+    double tokens = o->budget > 0 ? o->budget : v3 ? V3_TOKENS : 20 * active;
+    double hours = tokens * flops / (1e12 * gpus[d.gpu].tflops * o->mfu) / 3600;
+    report_flops(&r, &c, T);
+    report_cache(&r, &c);
+    report_memory(&r, &c, &d, B, T);
+    if (v3) report_v3_speed(&r, &c);
+    report_section(&r, "pre-training", counts, "GPU_hours", "days", "dollars");
+    NOTE(&r, "%s tokens on %zu %s at an assumed MFU of %g, $%g a GPU hour",
+         show_scaled(tokens_text, tokens, counts), d.count, gpus[d.gpu].name, o->mfu, o->price);
+    report_row(&r, "at_this_MFU", hours, hours / (double)d.count / 24, hours * o->price);
+    if (v3 && tokens == V3_TOKENS) report_published(&r, V3_HOURS, NAN, 5.328e6);
+    if (v3) report_v3_cost(&r, o->price);
+    if (r.json) printf("}\n  }\n}\n");
+    return 0;
+}
+
+// ------------------------------------------------------------------------------------------------
+// 12  Commands
 
 static void need_model(const Options *o)
 {
@@ -4179,6 +4569,7 @@ static const Command commands[] = {
     {"sample", SAMPLE, command_sample, "continue a prompt"},
     {"eval", EVAL, command_eval, "mean loss of a model over a text"},
     {"check", CHECK, command_check, "losses, gradients and steps on one batch, for comparison"},
+    {"plan", PLAN, command_plan, "what a model and its training take: work, memory, time, money"},
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };
 

@@ -2694,6 +2694,7 @@ static void test_check_dump(void)
     acts_free(&a);
     model_free(&m);
 }
+
 // ------------------------------------------------------------------------------------------------
 // Runs that end early
 
@@ -2962,6 +2963,162 @@ static void test_sizes_beyond_int(void)
     acts_free(&one);
     acts_free(&many);
 }
+
+// Parameters of a model by a formula of its own, with so many routed experts a layer, with or
+// without vectors: of the MTP layers, or of the others without embedding and head.
+static double count_parameters(const Config *c, size_t experts, int vectors, int mtp)
+{
+    size_t C = c->C, NH = c->NH, q = NH * (c->Dn + c->Dr);
+    size_t attention = (c->Rq ? c->Rq * (C + q + (vectors ? 1 : 0)) : C * q) +
+                       C * (c->Rkv + c->Dr) + c->Rkv * (NH * (c->Dn + c->Dv) + (vectors ? 1 : 0)) +
+                       NH * c->Dv * C + (vectors ? 2 * C : 0);
+    size_t moe = c->E * (C + (vectors ? 1 : 0)) + 3 * C * c->Fe * (c->S + experts);
+    if (mtp) return (double)(c->D * (attention + moe + 2 * C * C + (vectors ? 3 * C : 0)));
+    return (double)(c->L * attention + c->dense * 3 * C * c->F + (c->L - c->dense) * moe +
+                    (vectors ? C : 0));
+}
+
+// A number of moe plan --json; NAN if it is not there.
+static double planned(const Json *j, const char *section, const char *row, const char *column)
+{
+    if (j) j = json_get(j, section);
+    if (j) j = json_get(j, row);
+    if (j && strchr(column, '/')) { // a published number
+        j = json_get(j, "published");
+        column = strchr(column, '/') + 1;
+    }
+    if (j) j = json_get(j, column);
+    return j && j->type == JSON_NUMBER ? j->number : NAN;
+}
+
+static Json *plan(const char *const *args) // freed by the caller
+{
+    Ran r = expect_success(args);
+    return json_parse("moe plan", r.out, strlen(r.out));
+}
+
+// moe plan counts parameters and work as the formulas here do, and what DeepSeek published.
+static void test_plan(void)
+{
+    for (int preset = 0; preset < PRESETS; preset++) {
+        Config c = config_preset(preset);
+        double T = preset == DEEPSEEK_V3 ? 4096 : (double)c.Tmax, table = (double)(c.V * c.C);
+        double total = count_parameters(&c, c.E, 1, 0) + 2 * table, sum = 0, work;
+        double active = count_parameters(&c, c.K, 1, 0) + table;
+        double keys = T * (double)(c.NH * (c.Dn + c.Dr + c.Dv)); // 2 operations, half the sequence
+        const char *name = preset_names[preset];
+        Json *j = plan(ARGS("plan", "--json", "--config", name));
+        near(planned(j, "parameters", "main_model", "total"), total, 0, name);
+        near(planned(j, "parameters", "main_model", "active"), active, 1e-12, name);
+        near(planned(j, "parameters", "MTP", "total"), count_parameters(&c, c.E, 1, 1), 0, name);
+        near(planned(j, "parameters", "MTP", "active"), count_parameters(&c, c.K, 1, 1), 1e-12,
+             name);
+        for (size_t p = 0; p < PARTS; p++) sum += planned(j, "parameters", parts[p].name, "total");
+        near(sum, total, 0, "the sum of the parts");
+        size_t moe = c.L - c.dense, expert = 3 * c.C * c.Fe;
+        const struct { const char *name; size_t n; } part[] = {
+            {"embedding", c.V * c.C}, {"head", c.V * c.C}, {"shared", moe * c.S * expert},
+            {"routed", moe * c.E * expert}, {"router", moe * c.E * (c.C + 1)},
+            {"dense", c.dense * 3 * c.C * c.F}, {"norms", (2 * c.L + 1) * c.C},
+        };
+        for (size_t p = 0; p < sizeof part / sizeof *part; p++)
+            near(planned(j, "parameters", part[p].name, "total"), (double)part[p].n, 0,
+                 part[p].name);
+        work = 2 * (count_parameters(&c, c.K, 0, 0) + table) + (double)c.L * keys;
+        near(planned(j, "flops_of_a_token", "main_model", "forward"), work, 1e-12, name);
+        work += 2 * (count_parameters(&c, c.K, 0, 1) + (double)c.D * table) + (double)c.D * keys;
+        near(planned(j, "flops_of_a_token", "all", "both"), 3 * work, 1e-12, name);
+        near(planned(j, "cache_bytes_of_a_token", "latent_attention", "all_layers"),
+             2 * (double)(c.L * (c.Rkv + c.Dr)), 0, name);
+        near(planned(j, "cache_bytes_of_a_token", "plain_attention", "a_layer"),
+             2 * (double)(c.NH * (c.Dn + c.Dv)), 0, name);
+        free(j);
+    }
+
+    // of a config.json with its sizes, too: what was published stands beside ours
+    Config c = config_preset(DEEPSEEK_V3);
+    config_save(&c, directory);
+    Json *j = plan(ARGS("plan", "--json", "--config", in_directory("config.json")));
+    static const struct {
+        const char *section, *row, *column;
+        double published, within;
+    } facts[] = {
+        {"parameters", "main_model", "/total", 671e9, 1e-4},
+        {"parameters", "main_model", "/active", 37e9, 0.011},
+        {"parameters", "all_with_MTP's_released_copies", "/total", 685e9, 1e-3},
+        {"flops_of_a_token", "main_model", "/both", 250e9, 2e-3},
+        {"cache_bytes_of_a_token", "latent_attention", "/all_layers", 70272, 0},
+        {"V3_speed_of_a_GPU", "main_model", "/MFU", 0.3894, 4e-3},
+        {"V3_and_R1_at_this_price", "V3_in_all", "/GPU_hours", 2788e3, 0},
+        {"V3_and_R1_at_this_price", "V3_in_all", "/dollars", 5.576e6, 0},
+        {"V3_and_R1_at_this_price", "R1_in_all", "/dollars", 294e3, 3e-3},
+    };
+    for (size_t i = 0; i < sizeof facts / sizeof *facts; i++) {
+        const char *section = facts[i].section, *row = facts[i].row, *column = facts[i].column;
+        EXPECT(planned(j, section, row, column) == facts[i].published, "%s: published is %g", row,
+               planned(j, section, row, column));
+        near(planned(j, section, row, column + 1), facts[i].published, facts[i].within, row);
+    }
+    near(planned(j, "parameters", "main_model", "total"), 671026419200, 0, "parameters of V3");
+    near(planned(j, "V3_speed_of_a_GPU", "with_MTP", "MFU"), 0.407, 1e-3, "MFU of V3, with MTP");
+    free(j);
+    j = plan(ARGS("plan", "--json", "--config", "moonlight-16b"));
+    near(planned(j, "parameters", "main_model", "total"), 15.96e9, 1e-4, "moonlight-16b");
+    free(j);
+}
+
+// Every option of moe plan changes what it says it does, by as much as it should.
+static void test_plan_options(void)
+{
+    Config c = config_preset(LAPTOP_MTP);
+    double experts = (double)(layers(&c) - c.dense) * (double)(c.E * 3 * c.C * c.Fe);
+    Json *j = plan(ARGS("plan", "--json", "--config", "laptop-mtp"));
+    Json *k = plan(ARGS("plan", "--json", "--config", "laptop-mtp", "--gpu", "a100",
+                        "--data-parallel", "8", "--expert-parallel", "4", "--batch", "2", "--mfu", "0.2", "--price",
+                        "3", "--budget", "1e9"));
+    Json *l = plan(ARGS("plan", "--json", "--config", "laptop-mtp", "--gpus", "5", "--pipeline",
+                        "5", "--seq", "64"));
+#define OF(j, section, row, column) planned(j, section, row, column)
+#define MEMORY(j, row) OF(j, "bytes_on_the_fullest_device", row, "activations_kept")
+    double all = OF(j, "parameters", "all", "total"), held = all - experts * 3 / 4;
+    near(MEMORY(j, "weights"), 2 * all, 0, "weights");
+    near(MEMORY(j, "gradients"), 4 * all, 0, "gradients");
+    near(MEMORY(j, "optimizer"), 8 * all, 0, "optimizer");
+    near(MEMORY(k, "weights"), 2 * held, 1e-12, "weights of a quarter of the experts");
+    near(MEMORY(k, "optimizer"), all, 1e-12, "an eighth of the optimizer");
+    near(MEMORY(k, "activations"), 2 * MEMORY(j, "activations"), 0.01, "two sequences");
+    near(MEMORY(k, "all"), MEMORY(k, "weights") + MEMORY(k, "gradients") + MEMORY(k, "optimizer") +
+         MEMORY(k, "activations"), 1e-12, "the sum");
+    near(OF(k, "pre-training", "at_this_MFU", "GPU_hours"),
+         1e9 * OF(j, "flops_of_a_token", "all", "both") / (0.2 * 312e12) / 3600, 1e-12, "hours");
+    near(OF(k, "pre-training", "at_this_MFU", "dollars"),
+         3 * OF(k, "pre-training", "at_this_MFU", "GPU_hours"), 1e-12, "dollars");
+    near(OF(k, "pre-training", "at_this_MFU", "days"),
+         OF(k, "pre-training", "at_this_MFU", "GPU_hours") / 8 / 24, 1e-12, "days");
+    // five stages: the embedding and a dense layer, three of experts, MTP with the head
+    near(MEMORY(l, "weights"), 2 * (OF(j, "parameters", "MTP", "total") + 128 + 256 * 128), 1e-12,
+         "weights of the last stage");
+    near(OF(l, "flops_of_a_token", "attention", "forward"),
+         OF(j, "flops_of_a_token", "attention", "forward") / 2, 1e-12, "half the sequence");
+    free(j);
+    free(k);
+    free(l);
+    REFUSED("--gpu is 'x'; it must be one of h800", "plan", "--gpu", "x");
+    REFUSED("--gpus 8", "plan", "--gpus", "8");
+    REFUSED("--pipeline is 63", "plan", "--pipeline", "63");
+    REFUSED("--data-parallel 3 x --pipeline 2 is not --gpus 8", "plan", "--config", "laptop-mtp",
+            "--gpus", "8", "--pipeline", "2", "--data-parallel", "3");
+    REFUSED("--expert-parallel 7 does not divide the 256", "plan", "--expert-parallel", "7");
+    REFUSED("--expert-parallel 4 does not divide --data-parallel 2", "plan", "--config",
+            "laptop-mtp", "--data-parallel", "2", "--expert-parallel", "4");
+    REFUSED("--batch is 0", "plan", "--batch", "0");
+    REFUSED("--seq is 129", "plan", "--config", "laptop-mtp", "--seq", "129");
+    REFUSED("--mfu is 0", "plan", "--mfu", "0");
+    REFUSED("--mfu is 1.5", "plan", "--mfu", "1.5");
+    REFUSED("--budget", "plan", "--budget", "1e21");
+    REFUSED("--price", "plan", "--price", "1e7");
+    REFUSED("overflow", "plan", "--json", "--batch", "1048576", "--seq", "163840");
+}
 #endif // not MOE_DOUBLE
 
 // ------------------------------------------------------------------------------------------------
@@ -3000,7 +3157,7 @@ static const Test tests[] = {
     TEST(sizes_beyond_int) TEST(window_start) TEST(schedule) TEST(text_loss)
     TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump)
     TEST(resume_is_exact) TEST(killed_while_saving) TEST(disk_full) TEST(read_only_directory)
-    TEST(signals) TEST(not_finite) TEST(memory_refused)
+    TEST(signals) TEST(not_finite) TEST(memory_refused) TEST(plan) TEST(plan_options)
 #endif
 };
 
