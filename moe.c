@@ -67,10 +67,8 @@ typedef float accum;
 #endif
 
 #ifdef __cplusplus
-#define RESTRICT __restrict__
 #define THREAD_LOCAL thread_local
 #else
-#define RESTRICT restrict
 #define THREAD_LOCAL _Thread_local
 #endif
 
@@ -3528,6 +3526,8 @@ static Data data_load(const char *path, const Config *c)
 {
     Data t;
     if (!*path) die(BAD_INPUT, "--data FILE is missing: the text to read");
+    if (access(path, R_OK))
+        die(BAD_INPUT, "%s: cannot open: %s; --data names the text to read", path, strerror(errno));
     t.bytes = read_file(path, &t.n, (size_t)1 << 40);
     for (size_t i = 0; i < t.n; i++)
         if ((unsigned char)t.bytes[i] >= c->V)
@@ -4440,8 +4440,8 @@ static int command_sample(const Options *o)
     shape.config = directory_config(o->model);
     if (!*o->prompt) die(BAD_INPUT, "--prompt is empty; it needs at least one character");
     if (o->speculate && !shape.config.D)
-        die(BAD_INPUT, "%s: has no multi-token prediction layer, which --speculate needs",
-            o->model);
+        die(BAD_INPUT, "%s: has no multi-token prediction layer, which --speculate needs; train "
+            "--config laptop-mtp has one", o->model);
     for (const char *p = o->prompt; *p; p++)
         if ((unsigned char)*p >= shape.config.V)
             die(BAD_INPUT, "--prompt: byte %d is outside the vocabulary of %zu", (unsigned char)*p,

@@ -3074,8 +3074,8 @@ static void test_plan_options(void)
     double experts = (double)(layers(&c) - c.dense) * (double)(c.E * 3 * c.C * c.Fe);
     Json *j = plan(ARGS("plan", "--json", "--config", "laptop-mtp"));
     Json *k = plan(ARGS("plan", "--json", "--config", "laptop-mtp", "--gpu", "a100",
-                        "--data-parallel", "8", "--expert-parallel", "4", "--batch", "2", "--mfu", "0.2",
-                        "--price", "3", "--budget", "1e9"));
+                        "--data-parallel", "8", "--expert-parallel", "4", "--batch", "2",
+                        "--mfu", "0.2", "--price", "3", "--budget", "1e9"));
     Json *l = plan(ARGS("plan", "--json", "--config", "laptop-mtp", "--gpus", "5", "--pipeline",
                         "5", "--seq", "64"));
 #define OF(j, section, row, column) planned(j, section, row, column)
