@@ -127,6 +127,57 @@ static double now(void) // seconds
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+// What `moe bench` learns of the operations. METER, first in an operation, counts its time until it
+// returns, less that of operations it calls, and its work: the useful floating-point operations, and
+// the bytes that must move at least, each number once.
+typedef struct Meter {
+    const char *name;
+    size_t calls;
+    double seconds, flops, bytes;
+} Meter;
+
+static struct {
+    int on;
+    size_t count;
+    Meter meter[64];
+    double inner; // seconds of the operations that returned since the one at work began
+} bench;
+
+typedef struct {
+    Meter *meter; // NULL: not counted
+    double start, inner;
+} Timer;
+
+static Timer meter_start(const char *name, double flops, double bytes)
+{
+    Timer t = {NULL, 0, 0};
+    if (!bench.on) return t;
+    size_t i = 0;
+    while (i < bench.count && strcmp(bench.meter[i].name, name)) i++;
+    t.meter = &bench.meter[i];
+    if (i == bench.count) bench.count++, t.meter->name = name;
+    t.meter->calls++;
+    t.meter->flops += flops;
+    t.meter->bytes += bytes;
+    t.inner = bench.inner;
+    bench.inner = 0;
+    t.start = now();
+    return t;
+}
+
+static void meter_stop(Timer *t)
+{
+    if (!t->meter) return;
+    double seconds = now() - t->start;
+    t->meter->seconds += seconds - bench.inner;
+    bench.inner = t->inner + seconds;
+}
+
+#define METER(name, flops, bytes) \
+    Timer timer __attribute__((cleanup(meter_stop))) = \
+        meter_start(name, (double)(flops), (double)(bytes)); \
+    (void)timer
+
 // Random numbers are a hash of (seed, stream, counter): nothing to save but the counter, and the
 // numbers do not depend on who asks first. The finaliser is SplitMix64's.
 static uint64_t random_u64(uint64_t seed, uint64_t stream, uint64_t counter)
@@ -435,8 +486,16 @@ static void tensor_name(char name[NAME_MAX_LENGTH], const char *prefix, const Te
 // Memory that operations work on. Here it is the host's; on a GPU it is not.
 static void *device_alloc(size_t bytes) { return host_alloc(bytes, 1); }
 static void device_free(void *p) { free(p); }
-static void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
-static void device_copy(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
+static void device_zero(void *p, size_t bytes)
+{
+    METER(__func__, 0, bytes);
+    memset(p, 0, bytes);
+}
+static void device_copy(void *to, const void *from, size_t bytes)
+{
+    METER(__func__, 0, 2 * bytes);
+    memcpy(to, from, bytes);
+}
 static void to_device(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 static void to_host(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 
@@ -495,14 +554,13 @@ static inline real sigmoid(real x) { return 1 / (1 + fast_exp(-x)); }
 //      +-----------+   +---+---+---+     For each p the kernel takes MR numbers of a and NR of
 //   MR |a          |   |   |c  |   |     b and does MR x NR multiply-adds with them. From tile
 //      +-----------+   +---+---+---+     to tile it goes right along c: the panel of a stays
-//    m |           |   |   |   |   |     in L1 while the panels of b stream by from L2.
-//      +-----------+   +---+---+---+
+//    m |           |   |   |   |   |     in L1 while the panels of b stream by from L2, and
+//      +-----------+   +---+---+---+     the next panel of a is called in from memory.
 //                        NR
 //
-// b is packed: its panels of NR columns are copied to where the kernel reads on and on, and
-// zeros fill up the last. The kernel takes single numbers of a, so it can have them from MR rows
-// as well: a is packed only where less than MR rows are left, and if its rows are not contiguous
-// (unless n is so small that a copy would not pay).
+// Packing copies panels to where the kernel reads on and on, and fills up the last with zeros. That
+// of a is left out where it can be: the kernel takes single numbers of a, so it can have them from
+// MR rows as well.
 //
 // Each c(i,j) is a sum over blocks of KC, in order, of chains of fused multiply-adds in order of
 // p. So its bits do not depend on m, n, the place of (i,j) or the width of the vectors.
@@ -521,6 +579,7 @@ enum { VBYTES = 16, MR = 6, NV = 2 };
 #define NR (NV * LANES)
 #define KC 256
 #define NC (24 * NR)
+#define MC (8 * MR) // rows of a that are packed at once
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define UNROLL
@@ -536,23 +595,25 @@ typedef real vec_unaligned __attribute__((vector_size(VBYTES), aligned(sizeof(re
 INLINE vec vec_load(const real *x) { return *(const vec_unaligned *)x; }
 INLINE void vec_store(real *x, vec v) { *(vec_unaligned *)x = v; }
 
-// Copies x[n,k] to a panel, to[p * width + i], with zeros for i >= n.
-INLINE void gemm_pack(real *to, const real *x, size_t row, size_t col, size_t n, size_t width,
-                      size_t k)
+// Copies x[n,k] to panels of `width` rows, to[i / width * panel + p * width + i % width], the last
+// filled up with zeros. Element (i,p) is x[i * row + p * col].
+INLINE void gemm_pack(real *to, size_t panel, const real *x, size_t row, size_t col, size_t n,
+                      size_t width, size_t k)
 {
-    if (n < width) {
-        memset(to, 0, width * k * sizeof *to);
-        for (size_t i = 0; i < n; i++)
+    size_t whole = n / width, rest = n % width;
+    if (row == 1) // p in the outer loop: x is read once, line by line
+        for (size_t p = 0; p < k; p++)
+            for (size_t i = 0; i < whole; i++)
+                memcpy(to + i * panel + p * width, x + p * col + i * width, width * sizeof *to);
+    else
+        for (size_t i = 0; i < whole; i++)
             for (size_t p = 0; p < k; p++)
-                to[p * width + i] = x[i * row + p * col];
-    } else if (row == 1) {
-        for (size_t p = 0; p < k; p++)
-            memcpy(to + p * width, x + p * col, width * sizeof *to);
-    } else {
-        for (size_t p = 0; p < k; p++)
-            for (size_t i = 0; i < width; i++)
-                to[p * width + i] = x[i * row + p * col];
-    }
+                for (size_t r = 0; r < width; r++)
+                    to[i * panel + p * width + r] = x[(i * width + r) * row + p * col];
+    to += whole * panel, x += whole * width * row;
+    for (size_t p = 0; p < k && rest; p++)
+        for (size_t r = 0; r < width; r++)
+            to[p * width + r] = r < rest ? x[r * row + p * col] : 0;
 }
 
 // One tile: c[m,n] (+)= a[m,k] b[k,n], m <= MR and n <= nv * LANES, with b a packed panel. Rows of
@@ -564,10 +625,6 @@ INLINE void gemm_tile(real *c, size_t c_row, size_t c_col, const real *a, size_t
     UNROLL for (int i = 0; i < MR; i++)
         UNROLL for (int v = 0; v < nv; v++)
             acc[i][v] = zero;
-    if (c_col == 1) // c will be needed only at the end, and may be far
-        for (size_t i = 0; i < m; i++)
-            __builtin_prefetch(c + i * c_row + n - 1, 1);
-
     UNROLL_4 for (size_t p = 0; p < k; p++, a += a_col, b += NR) {
         vec bp[NV];
         UNROLL for (int v = 0; v < nv; v++)
@@ -596,37 +653,53 @@ INLINE void gemm_tile(real *c, size_t c_row, size_t c_col, const real *a, size_t
         }
 }
 
-static void gemm_blocked(real *c, size_t c_row, size_t c_col,
-                         const real *a, size_t a_row, size_t a_col,
-                         const real *b, size_t b_row, size_t b_col,
-                         size_t m, size_t n, size_t k, int add)
+// c[m,n] (+)= a[m,k] b[k,n] with b in packed panels, b_panel numbers apart.
+static void gemm_packed(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
+                        size_t a_col, const real *b, size_t b_panel, size_t m, size_t n, size_t k,
+                        int add)
 {
-    static THREAD_LOCAL real a_pack[MR * KC], b_pack[KC * NC];
-    for (size_t j0 = 0; j0 < n; j0 += NC)
-        for (size_t p0 = 0; p0 == 0 || p0 < k; p0 += KC) { // once even if k is 0
-            size_t nc = min_size(NC, n - j0), kc = min_size(KC, k - p0);
-            for (size_t j = 0; j < nc; j += NR)
-                gemm_pack(b_pack + j * kc, b + p0 * b_row + (j0 + j) * b_col, b_col, b_row,
-                          min_size(NR, nc - j), NR, kc);
-            for (size_t i = 0; i < m; i += MR) {
-                const real *ai = a + i * a_row + p0 * a_col;
-                size_t ai_row = a_row, ai_col = a_col, mr = min_size(MR, m - i);
-                int in_place = a_col == 1 || (a_row == 1 && n <= 4 * NR);
-                if (!in_place || mr < MR) {
-                    gemm_pack(a_pack, ai, a_row, a_col, mr, MR, kc);
-                    ai = a_pack, ai_row = 1, ai_col = MR;
-                }
-                for (size_t j = 0; j < nc; j += NR) {
-                    real *cij = c + i * c_row + (j0 + j) * c_col;
-                    const real *bj = b_pack + j * kc;
-                    size_t nr = min_size(NR, nc - j);
-                    int sum = add || p0 > 0;
-                    if (nr > LANES)
-                        gemm_tile(cij, c_row, c_col, ai, ai_row, ai_col, bj, mr, nr, kc, sum, NV);
-                    else
-                        gemm_tile(cij, c_row, c_col, ai, ai_row, ai_col, bj, mr, nr, kc, sum, 1);
-                }
+    static THREAD_LOCAL real a_pack[MC * KC];
+    int in_place = a_col == 1 || (a_row == 1 && n <= 4 * NR);
+    for (size_t p0 = 0; p0 == 0 || p0 < k; p0 += KC) { // once even if k is 0
+        size_t kc = min_size(KC, k - p0);
+        int sum = add || p0 > 0;
+        for (size_t i = 0; i < m; i += MR) {
+            const real *ai = a + i * a_row + p0 * a_col;
+            size_t mr = min_size(MR, m - i), row = a_row, col = a_col;
+            if (!in_place || mr < MR) {
+                size_t at = in_place ? 0 : i % MC;
+                if (at == 0)
+                    gemm_pack(a_pack, MR * kc, ai, a_row, a_col, min_size(MC, m - i), MR, kc);
+                ai = a_pack + at * kc, row = 1, col = MR;
             }
+            for (size_t j = 0; j < n; j += NR) {
+                real *cij = c + i * c_row + j * c_col;
+                const real *bj = b + j / NR * b_panel + p0 * NR;
+                size_t nr = min_size(NR, n - j);
+                if (col == 1 && i + 2 * MR <= m) // the next panel of a, a part with each tile
+                    for (size_t r = MR; r < 2 * MR; r++)
+                        for (size_t p = kc * j / n; p < kc * (j + nr) / n; p += 16)
+                            __builtin_prefetch(ai + r * row + p);
+                if (nr > LANES)
+                    gemm_tile(cij, c_row, c_col, ai, row, col, bj, mr, nr, kc, sum, NV);
+                else
+                    gemm_tile(cij, c_row, c_col, ai, row, col, bj, mr, nr, kc, sum, 1);
+            }
+        }
+    }
+}
+
+static void gemm_blocked(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
+                         size_t a_col, const real *b, size_t b_row, size_t b_col, size_t m,
+                         size_t n, size_t k, int add)
+{
+    static THREAD_LOCAL real b_pack[KC * NC];
+    for (size_t j = 0; j < n; j += NC)
+        for (size_t p = 0; p == 0 || p < k; p += KC) {
+            size_t nc = min_size(NC, n - j), kc = min_size(KC, k - p);
+            gemm_pack(b_pack, NR * kc, b + p * b_row + j * b_col, b_col, b_row, nc, NR, kc);
+            gemm_packed(c + j * c_col, c_row, c_col, a + p * a_col, a_row, a_col, b_pack, NR * kc,
+                        m, nc, kc, add || p > 0);
         }
 }
 
@@ -750,6 +823,8 @@ static void matmul_forward(real *out,     // [rows, O], set or added to
                            const real *w, // [groups, O, I]
                            Rows r, size_t O, size_t I, enum Mode mode)
 {
+    METER(r.offsets ? "experts_forward" : __func__, 2.0 * r.rows * O * I,
+          (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
     size_t tall = tile_height(r);
     long tiles = count_tiles(r, O, tall);
     #pragma omp parallel for schedule(dynamic) if (r.rows * O * I > 16 * SMALL)
@@ -764,6 +839,8 @@ static void matmul_forward(real *out,     // [rows, O], set or added to
 static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r, size_t O, size_t I,
                               enum Mode mode)
 {
+    METER(r.offsets ? "experts_backward_x" : __func__, 2.0 * r.rows * O * I,
+          (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
     size_t tall = tile_height(r);
     long tiles = count_tiles(r, I, tall);
     #pragma omp parallel for schedule(dynamic) if (r.rows * O * I > 16 * SMALL)
@@ -778,6 +855,8 @@ static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r,
 static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r, size_t O,
                               size_t I)
 {
+    METER(r.offsets ? "experts_backward_w" : __func__, 2.0 * r.rows * O * I,
+          (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
     size_t threads = (size_t)thread_count(), tall = O; // few tiles: gemm packs all of x for each
     if (r.groups < 2 * threads) tall = ceil_div(ceil_div(O, threads), MR) * MR;
     if (tall < 48) tall = 48;
@@ -798,6 +877,7 @@ static void rmsnorm_forward(real *out,     // [N, C]
                             const real *w, // [C]
                             size_t N, size_t C, size_t ld_out, size_t ld_x, double eps)
 {
+    METER(__func__, 0, 2 * N * C * sizeof(real));
     #pragma omp parallel for if (N * C > SMALL)
     for (size_t n = 0; n < N; n++) {
         const real *xn = x + n * ld_x;
@@ -816,25 +896,30 @@ static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *
                              const accum *rstd, size_t N, size_t C, size_t ld_dout, size_t ld_x,
                              enum Mode mode)
 {
+    METER(__func__, 0, 3 * N * C * sizeof(real));
+    enum { ROWS = 64 }; // whose dw is summed apart, so that nobody shares a sum
+    size_t parts = ceil_div(N, ROWS);
+    accum *part = scratch(parts * C);
     #pragma omp parallel for if (N * C > SMALL)
-    for (size_t n = 0; n < N; n++) {
-        const real *xn = x + n * ld_x, *dn = dout + n * ld_dout;
-        real *dxn = dx + n * ld_x;
-        accum dot = 0, r = rstd[n];
-        #pragma omp simd reduction(+ : dot)
-        for (size_t i = 0; i < C; i++) dot += dn[i] * w[i] * xn[i];
-        accum mean = dot * r * r / (accum)C;
-        if (mode == SET) memset(dxn, 0, C * sizeof(real));
-        for (size_t i = 0; i < C; i++) dxn[i] += r * (dn[i] * w[i] - xn[i] * mean);
+    for (size_t k = 0; k < parts; k++) {
+        accum *dw_k = part + k * C;
+        memset(dw_k, 0, C * sizeof(accum));
+        for (size_t n = k * ROWS; n < min_size(N, (k + 1) * ROWS); n++) {
+            const real *xn = x + n * ld_x, *dn = dout + n * ld_dout;
+            real *dxn = dx + n * ld_x;
+            accum dot = 0, r = rstd[n];
+            #pragma omp simd reduction(+ : dot)
+            for (size_t i = 0; i < C; i++) dot += dn[i] * w[i] * xn[i];
+            accum mean = dot * r * r / (accum)C;
+            if (mode == SET) memset(dxn, 0, C * sizeof(real));
+            for (size_t i = 0; i < C; i++) {
+                dxn[i] += r * (dn[i] * w[i] - xn[i] * mean);
+                dw_k[i] += dn[i] * xn[i] * r;
+            }
+        }
     }
-    enum { STRIP = 32 }; // columns a thread sums alone, so that nobody shares a sum
-    #pragma omp parallel for if (N * C > SMALL)
-    for (size_t begin = 0; begin < C; begin += STRIP) {
-        size_t end = min_size(C, begin + STRIP);
-        for (size_t n = 0; n < N; n++)
-            for (size_t i = begin; i < end; i++)
-                dw[i] += dout[n * ld_dout + i] * x[n * ld_x + i] * rstd[n];
-    }
+    for (size_t k = 0; k < parts; k++)
+        for (size_t i = 0; i < C; i++) dw[i] += part[k * C + i];
 }
 
 // act = silu(gate) * up, silu(z) = z sigmoid(z).
@@ -843,6 +928,7 @@ static void swiglu_forward(real *act,        // [n]
                            const real *up,   // [n]
                            size_t n)
 {
+    METER(__func__, 0, 3 * n * sizeof(real));
     #pragma omp parallel for simd if (parallel : n > SMALL)
     for (size_t i = 0; i < n; i++) act[i] = gate[i] * sigmoid(gate[i]) * up[i];
 }
@@ -851,6 +937,7 @@ static void swiglu_forward(real *act,        // [n]
 static void swiglu_backward(real *dgate, real *dup, const real *dact, const real *gate,
                             const real *up, size_t n)
 {
+    METER(__func__, 0, 5 * n * sizeof(real));
     #pragma omp parallel for simd if (parallel : n > SMALL)
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(gate[i]), silu = gate[i] * s;
@@ -865,6 +952,7 @@ static void embedding_forward(real *out,        // [N, C]
                               const real *w,    // [V, C]
                               size_t N, size_t C)
 {
+    METER(__func__, 0, 2 * N * C * sizeof(real));
     #pragma omp parallel for if (N * C > SMALL)
     for (size_t n = 0; n < N; n++)
         memcpy(out + n * C, w + (size_t)token[n] * C, C * sizeof(real));
@@ -873,7 +961,8 @@ static void embedding_forward(real *out,        // [N, C]
 // out[n] = w[token[n]]: dw[token[n]] += dout[n].
 static void embedding_backward(accum *dw, const real *dout, const int *token, size_t N, size_t C)
 {
-    enum { STRIP = 32 }; // as in rmsnorm_backward
+    METER(__func__, 0, 2 * N * C * sizeof(real));
+    enum { STRIP = 32 }; // columns that a thread sums alone, so that nobody shares a sum
     #pragma omp parallel for if (N * C > SMALL)
     for (size_t begin = 0; begin < C; begin += STRIP) {
         size_t end = min_size(C, begin + STRIP);
@@ -926,6 +1015,7 @@ static void rope_forward(real *out,          // [N, heads, Dr], rows ld_out apar
                          const accum *table, // [Tmax, Dr]
                          size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
 {
+    METER(__func__, 0, 2 * N * heads * Dr * sizeof(real));
     rope_turn(out, x, pos, table, 1, N, heads, Dr, ld_out, ld_x, head);
 }
 
@@ -933,24 +1023,23 @@ static void rope_forward(real *out,          // [N, heads, Dr], rows ld_out apar
 static void rope_backward(real *dx, const real *dout, const int *pos, const accum *table, size_t N,
                           size_t heads, size_t Dr, size_t ld_dx, size_t ld_dout, size_t head)
 {
+    METER(__func__, 0, 2 * N * heads * Dr * sizeof(real));
     rope_turn(dx, dout, pos, table, -1, N, heads, Dr, ld_dx, ld_dout, head);
 }
 
 // Causal attention. Per head, with k_t = [k_nope_t; k_pe_t] and k_pe shared by all heads:
 //     out_t = sum_{u <= t} p_tu v_u,   p_tu = exp(scale q_t . k_u - lse_t).
-// Queries go in blocks; a block sees the scores [ATTENTION_BLOCK, T] and no more is kept than lse.
-enum { ATTENTION_BLOCK = 64 };
+// Queries go in small blocks, which see scores [ATTENTION_BLOCK, T] up to their own place: little
+// is computed that the mask would hide, and nothing of T x T is kept but lse.
+#define ATTENTION_BLOCK (4 * MR)
+#define PADDED(n) (ceil_div(n, NR) * NR) // to whole panels
 
-// Head h's keys of one sequence side by side: k[t] = [k_nope_t; k_pe_t].
-static void gather_keys(real *k,          // [T, Dn + Dr]
-                        const real *kv,   // [T, NH, Dn + Dv]
-                        const real *k_pe, // [T, Dr]
-                        size_t T, size_t NH, size_t h, size_t Dn, size_t Dr, size_t Dv)
+// A head's keys, k_t = [k_nope_t; k_pe_t], as gemm's packed right factor K^T [Dn + Dr, T].
+static void pack_keys(real *to, const real *k_nope, const real *k_pe, size_t T, size_t Dn,
+                      size_t Dr, size_t ld)
 {
-    for (size_t t = 0; t < T; t++) {
-        memcpy(k + t * (Dn + Dr), kv + (t * NH + h) * (Dn + Dv), Dn * sizeof(real));
-        memcpy(k + t * (Dn + Dr) + Dn, k_pe + t * Dr, Dr * sizeof(real));
-    }
+    gemm_pack(to, NR * (Dn + Dr), k_nope, ld, 1, T, NR, Dn);
+    gemm_pack(to + NR * Dn, NR * (Dn + Dr), k_pe, Dr, 1, T, NR, Dr);
 }
 
 static void attention_forward(real *out,        // [B, T, NH, Dv]
@@ -961,33 +1050,41 @@ static void attention_forward(real *out,        // [B, T, NH, Dv]
                               size_t B, size_t T, size_t NH, size_t Dn, size_t Dr, size_t Dv,
                               double scale)
 {
-    size_t Dq = Dn + Dr, Dkv = Dn + Dv;
+    METER(__func__, (double)(B * NH * T * T) * (double)(Dn + Dr + Dv),
+          B * T * (NH * (2 * Dn + Dr + 2 * Dv) + Dr) * sizeof(real));
+    size_t Dq = Dn + Dr, ld = NH * (Dn + Dv);
     #pragma omp parallel for if (B * NH * T * T > SMALL)
     for (size_t bh = 0; bh < B * NH; bh++) {
         size_t b = bh / NH, h = bh % NH;
-        real *k = scratch(T * Dq + ATTENTION_BLOCK * T), *p = k + T * Dq;
-        const real *kvb = kv + b * T * NH * Dkv, *v = kvb + h * Dkv + Dn;
-        gather_keys(k, kvb, k_pe + b * T * Dr, T, NH, h, Dn, Dr, Dv);
+        real *k = scratch(PADDED(T) * Dq + PADDED(Dv) * T + ATTENTION_BLOCK * T);
+        real *v = k + PADDED(T) * Dq, *p = v + PADDED(Dv) * T;
+        const real *k_nope = kv + b * T * ld + h * (Dn + Dv);
+        pack_keys(k, k_nope, k_pe + b * T * Dr, T, Dn, Dr, ld);
+        gemm_pack(v, NR * T, k_nope + Dn, 1, ld, Dv, NR, T);
         for (size_t t = 0; t < T; t += ATTENTION_BLOCK) {
             size_t rows = min_size(ATTENTION_BLOCK, T - t), cols = t + rows;
-            gemm(p, cols, 1, q + ((b * T + t) * NH + h) * Dq, NH * Dq, 1, k, 1, Dq,
-                 rows, cols, Dq, SET);
+            real *ot = out + ((b * T + t) * NH + h) * Dv;
+            accum sum[ATTENTION_BLOCK];
+            gemm_packed(p, cols, 1, q + ((b * T + t) * NH + h) * Dq, NH * Dq, 1, k, NR * Dq,
+                        rows, cols, Dq, SET);
             for (size_t i = 0; i < rows; i++) {
                 real *s = p + i * cols, max = s[0];
                 size_t seen = t + i + 1;
+                #pragma omp simd reduction(max : max)
                 for (size_t u = 1; u < seen; u++) max = s[u] > max ? s[u] : max;
-                accum sum = 0;
-                #pragma omp simd reduction(+ : sum)
+                accum total = 0;
+                #pragma omp simd reduction(+ : total)
                 for (size_t u = 0; u < seen; u++) {
                     s[u] = fast_exp((real)scale * (s[u] - max));
-                    sum += s[u];
+                    total += s[u];
                 }
-                for (size_t u = 0; u < seen; u++) s[u] /= sum;
                 for (size_t u = seen; u < cols; u++) s[u] = 0;
-                lse[bh * T + t + i] = (accum)(scale * max + log((double)sum));
+                sum[i] = total;
+                lse[bh * T + t + i] = (accum)(scale * max + log((double)total));
             }
-            gemm(out + ((b * T + t) * NH + h) * Dv, NH * Dv, 1, p, cols, 1, v, NH * Dkv, 1,
-                 rows, Dv, cols, SET);
+            gemm_packed(ot, NH * Dv, 1, p, cols, 1, v, NR * T, rows, Dv, cols, SET);
+            for (size_t i = 0; i < rows; i++)
+                for (size_t j = 0; j < Dv; j++) ot[i * NH * Dv + j] /= sum[i];
         }
     }
 }
@@ -1000,27 +1097,36 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
                                const real *kv, const real *k_pe, size_t B, size_t T, size_t NH,
                                size_t Dn, size_t Dr, size_t Dv, double scale)
 {
-    size_t Dq = Dn + Dr, Dkv = Dn + Dv;
+    METER(__func__, 2.0 * (double)(B * NH * T * T) * (double)(Dn + Dr + Dv),
+          2 * B * T * (NH * (2 * Dn + Dr + 2 * Dv) + Dr) * sizeof(real));
+    size_t Dq = Dn + Dr, Dkv = Dn + Dv, ld = NH * Dkv;
     #pragma omp parallel for if (B * NH * T * T > SMALL)
     for (size_t bh = 0; bh < B * NH; bh++) {
         size_t b = bh / NH, h = bh % NH;
-        real *k = scratch(2 * T * Dq + T * Dv + 2 * ATTENTION_BLOCK * T);
-        real *dk = k + T * Dq, *dv = dk + T * Dq; // [T, Dn + Dr], [T, Dv]
+        const real *k_nope = kv + b * T * ld + h * Dkv, *k_pe_b = k_pe + b * T * Dr;
+        real *kt = scratch(PADDED(T) * (Dq + Dv) + (PADDED(Dn) + PADDED(Dr) + Dq + Dv) * T +
+                           2 * ATTENTION_BLOCK * T);
+        real *vt = kt + PADDED(T) * Dq, *kn = vt + PADDED(T) * Dv, *kr = kn + PADDED(Dn) * T;
+        real *dk = kr + PADDED(Dr) * T, *dv = dk + T * Dq; // [T, Dn + Dr], [T, Dv]
         real *p = dv + T * Dv, *dp = p + ATTENTION_BLOCK * T;
-        const real *kvb = kv + b * T * NH * Dkv, *v = kvb + h * Dkv + Dn;
-        gather_keys(k, kvb, k_pe + b * T * Dr, T, NH, h, Dn, Dr, Dv);
+        pack_keys(kt, k_nope, k_pe_b, T, Dn, Dr, ld);
+        gemm_pack(vt, NR * Dv, k_nope + Dn, ld, 1, T, NR, Dv);
+        gemm_pack(kn, NR * T, k_nope, 1, ld, Dn, NR, T);
+        gemm_pack(kr, NR * T, k_pe_b, 1, Dr, Dr, NR, T);
         memset(dk, 0, T * (Dq + Dv) * sizeof(real));
         for (size_t t = 0; t < T; t += ATTENTION_BLOCK) {
             size_t rows = min_size(ATTENTION_BLOCK, T - t), cols = t + rows;
             const real *qt = q + ((b * T + t) * NH + h) * Dq;
             const real *ot = out + ((b * T + t) * NH + h) * Dv;
             const real *dot = dout + ((b * T + t) * NH + h) * Dv;
-            gemm(p, cols, 1, qt, NH * Dq, 1, k, 1, Dq, rows, cols, Dq, SET);
-            gemm(dp, cols, 1, dot, NH * Dv, 1, v, 1, NH * Dkv, rows, cols, Dv, SET);
+            real *dqt = dq + ((b * T + t) * NH + h) * Dq;
+            gemm_packed(p, cols, 1, qt, NH * Dq, 1, kt, NR * Dq, rows, cols, Dq, SET);
+            gemm_packed(dp, cols, 1, dot, NH * Dv, 1, vt, NR * Dv, rows, cols, Dv, SET);
             for (size_t i = 0; i < rows; i++) {
                 real *s = p + i * cols, *ds = dp + i * cols;
                 size_t seen = t + i + 1;
                 accum mean = 0, log_sum = lse[bh * T + t + i];
+                #pragma omp simd reduction(+ : mean)
                 for (size_t j = 0; j < Dv; j++) mean += dot[i * NH * Dv + j] * ot[i * NH * Dv + j];
                 for (size_t u = 0; u < seen; u++) {
                     s[u] = fast_exp((real)scale * s[u] - log_sum);
@@ -1030,8 +1136,8 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
             }
             gemm(dv, Dv, 1, p, 1, cols, dot, NH * Dv, 1, cols, Dv, rows, ADD);
             gemm(dk, Dq, 1, dp, 1, cols, qt, NH * Dq, 1, cols, Dq, rows, ADD);
-            gemm(dq + ((b * T + t) * NH + h) * Dq, NH * Dq, 1, dp, cols, 1, k, Dq, 1,
-                 rows, Dq, cols, SET);
+            gemm_packed(dqt, NH * Dq, 1, dp, cols, 1, kn, NR * T, rows, Dn, cols, SET);
+            gemm_packed(dqt + Dn, NH * Dq, 1, dp, cols, 1, kr, NR * T, rows, Dr, cols, SET);
         }
         for (size_t t = 0; t < T; t++) {
             real *dkv_t = dkv + ((b * T + t) * NH + h) * Dkv;
@@ -1080,6 +1186,7 @@ static void router_forward(accum *s,          // [N, E] affinities
                            size_t N, size_t C, size_t E, size_t K, size_t G, size_t KG, int norm,
                            double scale)
 {
+    METER(__func__, 0, N * E * sizeof(real));
     matmul_forward(s, x, w, all_rows(N), E, C, SET);
     size_t size = E / G; // of a group
     #pragma omp parallel for if (N * E > SMALL)
@@ -1121,6 +1228,7 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
                             const int *topk, const real *x, const real *w, size_t N, size_t C,
                             size_t E, size_t K, int norm, double scale)
 {
+    METER(__func__, 0, 3 * N * E * sizeof(real));
     #pragma omp parallel for if (N * E > SMALL)
     for (size_t n = 0; n < N; n++) {
         const accum *sn = s + n * E, *dgn = dg + n * K;
@@ -1144,6 +1252,7 @@ static void balance_forward(accum *loss,    // [B]
                             const accum *s, // [B, T, E]
                             size_t B, size_t T, size_t E, size_t K)
 {
+    METER(__func__, 0, B * T * E * sizeof(real));
     #pragma omp parallel for if (B * T * E > SMALL)
     for (size_t b = 0; b < B; b++) {
         real *P = scratch(E + K);
@@ -1170,6 +1279,7 @@ static void balance_forward(accum *loss,    // [B]
 static void balance_backward(accum *ds, double dloss, const accum *f, const accum *s, size_t B,
                              size_t T, size_t E)
 {
+    METER(__func__, 0, 2 * B * T * E * sizeof(real));
     #pragma omp parallel for if (B * T * E > SMALL)
     for (size_t n = 0; n < B * T; n++) {
         const accum *fb = f + n / T * E, *sn = s + n * E;
@@ -1189,6 +1299,7 @@ static void dispatch_forward(real *xs,        // [N K, C]
                              const int *topk, // [N, K]
                              size_t N, size_t K, size_t E, size_t C)
 {
+    METER(__func__, 0, 2 * N * K * C * sizeof(real));
     memset(offsets, 0, (E + 1) * sizeof(int));
     for (size_t i = 0; i < N * K; i++) offsets[topk[i] + 1]++;
     for (size_t e = 0; e < E; e++) offsets[e + 1] += offsets[e];
@@ -1204,6 +1315,7 @@ static void dispatch_forward(real *xs,        // [N K, C]
 static void dispatch_backward(real *dx, const real *dxs, const int *row, size_t N, size_t K,
                               size_t C, enum Mode mode)
 {
+    METER(__func__, 0, N * (K + 1) * C * sizeof(real));
     #pragma omp parallel for if (N * K * C > SMALL)
     for (size_t n = 0; n < N; n++) {
         if (mode == SET) memset(dx + n * C, 0, C * sizeof(real));
@@ -1221,6 +1333,7 @@ static void combine_forward(real *y,         // [N, C], added to
                             const int *row,  // [N, K]
                             size_t N, size_t K, size_t C)
 {
+    METER(__func__, 0, N * (K + 2) * C * sizeof(real));
     #pragma omp parallel for if (N * K * C > SMALL)
     for (size_t n = 0; n < N; n++)
         for (size_t k = 0; k < K; k++) {
@@ -1234,6 +1347,7 @@ static void combine_forward(real *y,         // [N, C], added to
 static void combine_backward(real *dout, accum *dg, const real *dy, const real *out, const accum *g,
                              const int *row, size_t N, size_t K, size_t C)
 {
+    METER(__func__, 0, N * (2 * K + 1) * C * sizeof(real));
     #pragma omp parallel for if (N * K * C > SMALL)
     for (size_t n = 0; n < N; n++)
         for (size_t k = 0; k < K; k++) {
@@ -1255,6 +1369,7 @@ static void cross_entropy_forward(accum *loss,        // [N]
                                   const int *target,  // [N]
                                   size_t N, size_t V)
 {
+    METER(__func__, 0, N * V * sizeof(real));
     #pragma omp parallel for if (N * V > SMALL)
     for (size_t n = 0; n < N; n++) {
         const real *z = logits + n * V;
@@ -1272,6 +1387,7 @@ static void cross_entropy_forward(accum *loss,        // [N]
 static void cross_entropy_backward(real *dlogits, double dloss, const accum *lse,
                                    const real *logits, const int *target, size_t N, size_t V)
 {
+    METER(__func__, 0, 2 * N * V * sizeof(real));
     #pragma omp parallel for if (N * V > SMALL)
     for (size_t n = 0; n < N; n++) {
         const real *z = logits + n * V;
@@ -1297,6 +1413,7 @@ static void latent_attention(real *out,         // [n, NH, Dv]
                              size_t n, size_t NH, size_t Dn, size_t Dr, size_t Dv, size_t Rkv,
                              size_t capacity, size_t window, double scale)
 {
+    METER(__func__, 0, 0);
     size_t Dq = Dn + Dr, width = Rkv + Dr;
     real *sums = latent + n * NH * Rkv;
     #pragma omp parallel for if (n * NH * Rkv * window > 16 * SMALL)
@@ -1971,6 +2088,7 @@ static Losses model_losses(const Model *m, const Acts *a)
 // sum_i x_i^2, added up in fixed blocks so that the threads do not show in the result.
 static double sum_squares(const accum *x, size_t n)
 {
+    METER(__func__, 0, n * sizeof(accum));
     enum { BLOCK = 1 << 14 };
     size_t blocks = ceil_div(n, BLOCK);
     double *part = (double *)host_alloc(blocks, sizeof(double)), sum = 0;
@@ -1994,6 +2112,7 @@ static void adamw_step(real *w, accum *m, accum *v, const accum *grad, size_t n,
                        double lr, double beta1, double beta2, double eps, double decay,
                        double g_scale)
 {
+    METER(__func__, 0, 7 * n * sizeof(accum));
     accum b1 = (accum)beta1, b2 = (accum)beta2, e = (accum)eps, scale = (accum)g_scale;
     accum rate = (accum)(lr / (1 - pow(beta1, (double)step)));
     accum correct2 = (accum)(1 / sqrt(1 - pow(beta2, (double)step)));
@@ -2071,6 +2190,7 @@ typedef struct {
 static void muon_step(real *weights, accum *momentum, const accum *grads, const Matrix *matrix,
                       size_t matrices, double lr, double mu_, double decay, double g_scale)
 {
+    METER(__func__, 0, 0);
     #pragma omp parallel for schedule(dynamic)
     for (size_t k = 0; k < matrices; k++) {
         Matrix it = matrix[k];
