@@ -2449,12 +2449,14 @@ static char *read_file(const char *path, size_t *size, size_t most)
     return data;
 }
 
-static char *path_join(const char *directory, const char *name)
+typedef struct { char text[4096]; } Path;
+
+static Path path_join(const char *directory, const char *name)
 {
-    size_t n = strlen(directory) + strlen(name) + 2;
-    char *path = (char *)host_alloc(n, 1);
-    snprintf(path, n, "%s/%s", directory, name);
-    return path;
+    Path p;
+    int n = snprintf(p.text, sizeof p.text, "%s/%s", directory, name);
+    NEED(n < (int)sizeof p.text, "%.99s...: the path is too long", directory);
+    return p;
 }
 
 // JSON, strictly as RFC 8259 has it, at most JSON_DEPTH deep, no key twice. A string's text lies in
@@ -2503,11 +2505,10 @@ static unsigned json_hex(Parser *p) // \uXXXX
 
 static char *utf8_put(char *to, unsigned code)
 {
-    static const unsigned first[5] = {0, 0, 0xC0, 0xE0, 0xF0};
-    int bytes = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
-    for (int i = bytes - 1; i > 0; i--, code >>= 6) to[i] = (char)(0x80 | (code & 0x3F));
-    to[0] = (char)(first[bytes] | code);
-    return to + bytes;
+    int n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4; // bytes
+    for (int i = n - 1; i > 0; i--, code >>= 6) to[i] = (char)(0x80 | (code & 0x3F));
+    to[0] = (char)(n == 1 ? code : (0xF00u >> n) | code);
+    return to + n;
 }
 
 // Length of the UTF-8 character at s, 0 if there is none: no 0, overlong form or surrogate.
@@ -2524,6 +2525,13 @@ static int utf8_length(const char *s)
     return code < least[n] || code > 0x10FFFF || code >> 11 == 0xD800 >> 11 ? 0 : n;
 }
 
+static int is_utf8(const char *s)
+{
+    for (int n; *s; s += n)
+        if (!(n = utf8_length(s))) return 0;
+    return 1;
+}
+
 static char *json_string(Parser *p)
 {
     static const char from[] = "\"\\/bfnrt", into[] = "\"\\/\b\f\n\r\t";
@@ -2532,34 +2540,27 @@ static char *json_string(Parser *p)
     while (*p->at != '"') {
         const char *escape = *p->at == '\\' && p->at[1] ? strchr(from, p->at[1]) : NULL;
         if ((unsigned char)*p->at < 0x20) json_fail(p, "a string ends in a control character");
-        if (escape) {
+        if (*p->at != '\\') {
+            *to++ = *p->at++;
+        } else if (escape) {
             *to++ = into[escape - from];
             p->at += 2;
-        } else if (*p->at == '\\') {
-            unsigned code = json_hex(p), low;
-            if (code >> 10 == 0xD800 >> 10) { // the first of a pair
-                low = json_hex(p);
-                if (low >> 10 != 0xDC00 >> 10) json_fail(p, "half a surrogate pair");
-                code = 0x10000 + ((code & 0x3FF) << 10 | (low & 0x3FF));
-            }
-            to = utf8_put(to, code);
         } else {
-            *to++ = *p->at++;
+            unsigned code = json_hex(p), low = code >> 10 == 0xD800 >> 10 ? json_hex(p) : 0;
+            if (low && low >> 10 != 0xDC00 >> 10) json_fail(p, "half a surrogate pair");
+            to = utf8_put(to, low ? 0x10000 + ((code & 0x3FF) << 10 | (low & 0x3FF)) : code);
         }
     }
     p->at++;
     *to = 0;
-    for (int n, i = 0; start + i < to; i += n) {
-        n = utf8_length(start + i);
-        if (!n) json_fail(p, "not UTF-8");
-    }
+    if (strlen(start) < (size_t)(to - start) || !is_utf8(start)) json_fail(p, "not UTF-8");
     return start;
 }
 
 static double json_number(Parser *p)
 {
     static const char digits[] = "0123456789";
-    char *s = p->at + (*p->at == '-'), *end;
+    char *s = p->at + (*p->at == '-');
     size_t whole = strspn(s, digits), fraction = 1, exponent = 1;
     if (!whole || (*s == '0' && whole > 1)) json_fail(p, "expected a value");
     s += whole;
@@ -2568,7 +2569,7 @@ static double json_number(Parser *p)
         s += s[1] == '+' || s[1] == '-' ? 2 : 1;
         s += exponent = strspn(s, digits);
     }
-    double value = strtod(p->at, &end);
+    double value = strtod(p->at, NULL);
     if (!fraction || !exponent) json_fail(p, "a number ends without a digit");
     if (!isfinite(value)) json_fail(p, "the number is out of range");
     p->at = s;
@@ -2805,29 +2806,20 @@ static void output_close(const Output *o)
     free(o->temporary);
 }
 
-// A real number as Python's json writes it: transformers takes no 1 where it expects 1.0.
-static const char *json_real(char room[32], double x)
-{
-    snprintf(room, 30, "%.17g", x);
-    return strpbrk(room, ".e") ? room : strcat(room, ".0");
-}
-
-// Prints text as it stands in a JSON string.
+// Prints text, which must be UTF-8, as it stands in a JSON string.
 static void json_print(FILE *f, const char *text)
 {
-    for (int n; *text; text += n) {
-        n = utf8_length(text);
-        NEED(n, "'%s' is not UTF-8", text);
+    for (; *text; text++)
         if (*text == '"' || *text == '\\' || (unsigned char)*text < 0x20)
             fprintf(f, "\\u%04x", (unsigned)*text);
-        else fprintf(f, "%.*s", n, text);
-    }
+        else fputc(*text, f);
 }
 
 static void config_save(const Config *c, const char *directory)
 {
-    char *path = path_join(directory, "config.json"), room[32];
-    Output o = output_open(path);
+    Path path = path_join(directory, "config.json");
+    Output o = output_open(path.text);
+    char room[32];
     fprintf(o.f, "{\n  \"architectures\": [\"DeepseekV3ForCausalLM\"],\n"
             "  \"torch_dtype\": \"float32\",\n");
     for (size_t i = 0; i < CONFIG_FIXED; i++)
@@ -2838,21 +2830,20 @@ static void config_save(const Config *c, const char *directory)
     fprintf(o.f, "  \"%s\": %s,\n", #key, \
             !strcmp(#key, "norm_topk_prob") ? (c->symbol ? "true" : "false") : \
             !strcmp(#key, "q_lora_rank") && !c->symbol ? "null" : room);
-#define PRINT_REAL(symbol, key, ...) \
-    fprintf(o.f, "  \"%s\": %s,\n", #key, json_real(room, c->symbol));
+#define PRINT_REAL(symbol, key, ...) /* with a point: transformers takes no 1 for 1.0 */ \
+    fprintf(o.f, "  \"%s\": %#.17g,\n", #key, c->symbol);
     CONFIG_SIZES(PRINT_SIZE)
     CONFIG_REALS(PRINT_REAL)
     fprintf(o.f, "  \"num_key_value_heads\": %zu,\n  \"rope_scaling\": ", c->NH);
 #define PRINT_YARN(symbol, key, ...) \
-    if (&c->symbol == &c->yarn_original) fprintf(o.f, ", \"%s\": %.17g", #key, c->symbol); \
-    else fprintf(o.f, ", \"%s\": %s", #key, json_real(room, c->symbol));
+    fprintf(o.f, &c->symbol == &c->yarn_original ? ", \"%s\": %.17g" : ", \"%s\": %#.17g", #key, \
+            c->symbol);
     if (c->yarn_factor > 0) {
         fprintf(o.f, "{\"type\": \"yarn\"");
         CONFIG_YARN(PRINT_YARN)
     }
     fprintf(o.f, "%s\n}\n", c->yarn_factor > 0 ? "}" : "null");
     output_close(&o);
-    free(path);
 }
 
 // safetensors: 8 bytes of header length, a JSON header, the data. What is to be written:
@@ -2945,13 +2936,12 @@ static void make_directory(const char *path) // and those above it
 {
     struct stat st;
     int error = 0;
-    char *part = path_join(path, "");
-    for (char *slash = strchr(part, '/'); slash; slash = strchr(slash + 1, '/')) {
+    Path part = path_join(path, "");
+    for (char *slash = strchr(part.text, '/'); slash; slash = strchr(slash + 1, '/')) {
         *slash = 0;
-        error = mkdir(part, 0777) ? errno : 0;
+        error = mkdir(part.text, 0777) ? errno : 0;
         *slash = '/';
     }
-    free(part);
     NEED(!error || (!stat(path, &st) && S_ISDIR(st.st_mode)),
          "%s: cannot make this directory: %s; choose another with --out", path,
          strerror(error == EEXIST ? ENOTDIR : error));
@@ -2962,21 +2952,20 @@ static void model_save(const Model *m, const char *directory)
 {
     Entry *entry = (Entry *)host_alloc(count_entries(&m->layout), sizeof(Entry));
     Entry *end = entries_add(entry, &m->layout, "", m->weights);
+    Path path = path_join(directory, "model.safetensors");
     make_directory(directory);
     config_save(&m->config, directory);
-    char *path = path_join(directory, "model.safetensors");
-    Output o = safetensors_open(path);
+    Output o = safetensors_open(path.text);
     safetensors_close(&o, entry, (size_t)(end - entry));
-    free(path);
     free(entry);
 }
 
 // One safetensors file that is being read.
 typedef struct {
-    char *path, *text;
-    const char *name;   // the path's last part
+    Path path;
     FILE *f;
-    Json *header;
+    char *text;
+    Json *header;       // its strings are in text
     size_t begin, size; // of the data
 } Shard;
 
@@ -2987,33 +2976,24 @@ static uint64_t little_endian(const unsigned char *b, size_t n)
     return x;
 }
 
-static Shard shard_open(const char *directory, const char *name)
+static Shard shard_open(Path path)
 {
-    Shard s;
+    Shard s = {path, NULL, NULL, NULL, 0, 0};
     unsigned char prefix[8];
-    s.path = path_join(directory, name);
-    s.name = strrchr(s.path, '/') + 1;
-    s.f = open_file(s.path, &s.size);
+    s.f = open_file(path.text, &s.size);
     NEED(s.size >= 8 && fread(prefix, 1, 8, s.f) == 8,
-         "%s: not a safetensors file: shorter than 8 bytes", s.path);
+         "%s: not a safetensors file: shorter than 8 bytes", path.text);
     uint64_t length = little_endian(prefix, 8);
     NEED(length <= s.size - 8 && length <= JSON_BYTES, "%s: not a safetensors file, or truncated: "
-         "a header of %llu bytes in a file of %zu; at most %d are taken", s.path,
+         "a header of %llu bytes in a file of %zu; at most %d are taken", path.text,
          (unsigned long long)length, s.size, JSON_BYTES);
     s.begin = 8 + (size_t)length;
     s.size -= s.begin;
     s.text = (char *)host_alloc((size_t)length + 1, 1);
-    NEED(fread(s.text, 1, (size_t)length, s.f) == length, "%s: cannot read the header", s.path);
-    s.header = json_parse(s.path, s.text, (size_t)length);
+    NEED(fread(s.text, 1, (size_t)length, s.f) == length, "%s: cannot read the header",
+         path.text);
+    s.header = json_parse(path.text, s.text, (size_t)length);
     return s;
-}
-
-static void shard_close(Shard *s)
-{
-    NEED(!fclose(s->f), "%s: cannot close: %s", s->path, strerror(errno));
-    free(s->header);
-    free(s->text);
-    free(s->path);
 }
 
 // The formats of numbers that are read. Shifted to where a float has its exponent and mantissa, a
@@ -3044,6 +3024,7 @@ static float number_decode(int dtype, const unsigned char *bytes) // NAN for all
 typedef struct {
     const char *name;
     const Shard *shard;
+    const char *file;
     size_t shape[2], dims, begin, end; // begin, end: of its data
     int dtype, used;
 } Stored;
@@ -3052,23 +3033,23 @@ static size_t header_size(const Stored *t, const Json *j)
 {
     NEED(j->type == JSON_NUMBER && j->number >= 0 && j->number < 0x1p53 &&
          j->number == floor(j->number),
-         "%s: %s: sizes and offsets must be whole numbers below 2^53", t->shard->path, t->name);
+         "%s: %s: sizes and offsets must be whole numbers below 2^53", t->file, t->name);
     return (size_t)j->number;
 }
 
 static Stored stored_parse(const Shard *s, const Json *j)
 {
-    Stored t = {j->key, s, {0, 0}, 0, 0, 0, 0, 0};
+    Stored t = {j->key, s, s->path.text, {0, 0}, 0, 0, 0, 0, 0};
     const Json *dtype = json_get(j, "dtype"), *shape = json_get(j, "shape");
     const Json *offsets = json_get(j, "data_offsets");
     NEED(dtype && dtype->type == JSON_STRING && shape && shape->type == JSON_ARRAY && offsets &&
          offsets->type == JSON_ARRAY && offsets->length == 2,
-         "%s: %s: needs a dtype, a shape and two data_offsets", s->path, t.name);
+         "%s: %s: needs a dtype, a shape and two data_offsets", t.file, t.name);
     while (t.dtype < DTYPES && strcmp(dtype->string, dtypes[t.dtype].name)) t.dtype++;
-    NEED(t.dtype < DTYPES, "%s: %s: dtype %s is not read; F32, BF16, F16 and F8_E4M3 are", s->path,
+    NEED(t.dtype < DTYPES, "%s: %s: dtype %s is not read; F32, BF16, F16 and F8_E4M3 are", t.file,
          t.name, dtype->string);
     NEED(shape->length == 1 || shape->length == 2,
-         "%s: %s: has %zu dimensions; 1 or 2 are expected", s->path, t.name, shape->length);
+         "%s: %s: has %zu dimensions; 1 or 2 are expected", t.file, t.name, shape->length);
     size_t n = dtypes[t.dtype].size;
     for (const Json *size = shape->child; size; size = size->next) {
         size_t d = t.shape[t.dims++] = header_size(&t, size);
@@ -3078,7 +3059,7 @@ static Stored stored_parse(const Shard *s, const Json *j)
     t.end = header_size(&t, offsets->child->next);
     NEED(t.begin <= t.end && t.end <= s->size && t.end - t.begin == n,
          "%s: %s: its shape needs %zu bytes, its offsets are [%zu, %zu] and the file has %zu of "
-         "data", s->path, t.name, n, t.begin, t.end, s->size);
+         "data", t.file, t.name, n, t.begin, t.end, s->size);
     return t;
 }
 
@@ -3110,15 +3091,15 @@ static Checkpoint checkpoint_list(const char *directory, Shard *shard, size_t sh
             if (strcmp(j->key, "__metadata__")) c.stored[c.n++] = stored_parse(s, j);
         qsort(c.stored + first, c.n - first, sizeof(Stored), compare_places);
         for (const Stored *t = c.stored + first; t < c.stored + c.n; end = t++->end)
-            NEED(t->begin == end, "%s: %s: its data [%zu, %zu] overlaps or leaves a gap", s->path,
+            NEED(t->begin == end, "%s: %s: its data [%zu, %zu] overlaps or leaves a gap", t->file,
                  t->name, t->begin, t->end);
-        NEED(end == s->size, "%s: leaves a gap of %zu bytes after its last tensor", s->path,
+        NEED(end == s->size, "%s: leaves a gap of %zu bytes after its last tensor", s->path.text,
              s->size - end);
     }
     qsort(c.stored, c.n, sizeof(Stored), compare_strings);
     for (size_t i = 1; i < c.n; i++)
         NEED(strcmp(c.stored[i - 1].name, c.stored[i].name), "%s: %s: stands in %s too",
-             c.stored[i].shard->path, c.stored[i].name, c.stored[i - 1].shard->path);
+             c.stored[i].file, c.stored[i].name, c.stored[i - 1].file);
     return c;
 }
 
@@ -3130,7 +3111,7 @@ static Stored *checkpoint_find(const Checkpoint *c, const char *name) // NULL: t
 static Checkpoint checkpoint_file(const char *directory, const char *name)
 {
     Shard *shard = (Shard *)host_alloc(1, sizeof(Shard));
-    *shard = shard_open(directory, name);
+    *shard = shard_open(path_join(directory, name));
     return checkpoint_list(directory, shard, 1);
 }
 
@@ -3138,13 +3119,11 @@ static Checkpoint checkpoint_file(const char *directory, const char *name)
 // say the same of what is where.
 static Checkpoint checkpoint_open(const char *directory)
 {
-    char *whole = path_join(directory, "model.safetensors");
-    char *path = path_join(directory, "model.safetensors.index.json");
-    int indexed = access(whole, F_OK) && !access(path, F_OK);
+    Path index_path = path_join(directory, "model.safetensors.index.json");
+    const char *path = index_path.text;
     size_t size, shards = 0;
-    free(whole);
-    if (!indexed) free(path);
-    if (!indexed) return checkpoint_file(directory, "model.safetensors");
+    if (!access(path_join(directory, "model.safetensors").text, F_OK) || access(path, F_OK))
+        return checkpoint_file(directory, "model.safetensors");
     char *text = read_file(path, &size, JSON_BYTES);
     Json *index = json_parse(path, text, size);
     const Json *map = json_get(index, "weight_map");
@@ -3153,30 +3132,34 @@ static Checkpoint checkpoint_open(const char *directory)
     for (const Json *j = map->child; j; j = j->next) {
         NEED(j->type == JSON_STRING && *j->string && !strchr(j->string, '/'),
              "%s: %s: must name a file in the same directory", path, j->key);
+        Path file = path_join(directory, j->string);
         size_t i = 0;
-        while (i < shards && strcmp(shard[i].name, j->string)) i++;
-        if (i == shards) shard[shards++] = shard_open(directory, j->string);
+        while (i < shards && strcmp(shard[i].path.text, file.text)) i++;
+        if (i == shards) shard[shards++] = shard_open(file);
     }
     Checkpoint c = checkpoint_list(directory, shard, shards);
     for (const Json *j = map->child; j; j = j->next) {
         Stored *t = checkpoint_find(&c, j->key);
-        NEED(t && !strcmp(t->shard->name, j->string), "%s: %s: is not in %s", path, j->key,
-             j->string);
+        NEED(t && !strcmp(t->file, path_join(directory, j->string).text),
+             "%s: %s: is not in %s", path, j->key, j->string);
         t->used = 1;
     }
     for (Stored *t = c.stored; t < c.stored + c.n; t++) {
-        NEED(t->used, "%s: %s: is missing, though it is in %s", path, t->name, t->shard->name);
+        NEED(t->used, "%s: %s: is missing, though it is in %s", path, t->name, t->file);
         t->used = 0;
     }
     free(index);
     free(text);
-    free(path);
     return c;
 }
 
 static void checkpoint_close(Checkpoint *c)
 {
-    for (size_t i = 0; i < c->shards; i++) shard_close(&c->shard[i]);
+    for (Shard *s = c->shard; s < c->shard + c->shards; s++) {
+        NEED(!fclose(s->f), "%s: cannot close: %s", s->path.text, strerror(errno));
+        free(s->header);
+        free(s->text);
+    }
     free(c->shard);
     free(c->stored);
 }
@@ -3189,7 +3172,7 @@ static Stored *checkpoint_get(const Checkpoint *c, const char *name, const size_
     NEED(t, "%s: %s: is missing, though config.json calls for it", c->directory, name);
     shape_text(is, t->shape, t->dims);
     shape_text(expected, shape, dims);
-    NEED(!strcmp(is, expected), "%s: %s: has shape [%s], expected [%s]", t->shard->path, name, is,
+    NEED(!strcmp(is, expected), "%s: %s: has shape [%s], expected [%s]", t->file, name, is,
          expected);
     t->used = 1;
     return t;
@@ -3198,7 +3181,7 @@ static Stored *checkpoint_get(const Checkpoint *c, const char *name, const size_
 // Reads a stored tensor; dies on a number that is not finite. scale: of each block of an FP8 one.
 static void stored_read(const Stored *t, const Stored *scale, accum *to)
 {
-    const Shard *s = t->shard;
+    FILE *f = t->shard->f;
     size_t size = dtypes[t->dtype].size, n = (t->end - t->begin) / size;
     size_t cols = t->shape[t->dims - 1], across = ceil_div(cols, FP8_BLOCK);
     unsigned char *raw = (unsigned char *)host_alloc(n, size);
@@ -3207,12 +3190,12 @@ static void stored_read(const Stored *t, const Stored *scale, accum *to)
         scales = (accum *)host_alloc(scale->shape[0] * scale->shape[1], sizeof(accum));
         stored_read(scale, NULL, scales);
     }
-    NEED(!fseeko(s->f, (off_t)(s->begin + t->begin), SEEK_SET) && fread(raw, size, n, s->f) == n,
-         "%s: %s: cannot read its data", s->path, t->name);
+    NEED(!fseeko(f, (off_t)(t->shard->begin + t->begin), SEEK_SET) && fread(raw, size, n, f) == n,
+         "%s: %s: cannot read its data", t->file, t->name);
     for (size_t i = 0; i < n; i++) {
         float x = number_decode(t->dtype, raw + i * size);
         if (scale) x *= (float)scales[i / cols / FP8_BLOCK * across + i % cols / FP8_BLOCK];
-        NEED(isfinite(x), "%s: %s: element %zu is not a finite number", s->path, t->name, i);
+        NEED(isfinite(x), "%s: %s: element %zu is not a finite number", t->file, t->name, i);
         to[i] = (accum)x;
     }
     free(raw);
@@ -3234,7 +3217,7 @@ static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *pre
             Stored *s = checkpoint_get(c, name, shape + 2 - dims, dims), *scale = NULL;
             if (s->dtype == F8_E4M3) {
                 scale = checkpoint_get(c, strcat(name, "_scale_inv"), blocks, 2);
-                NEED(scale->dtype == F32, "%s: %s: must be F32", scale->shard->path, name);
+                NEED(scale->dtype == F32, "%s: %s: must be F32", scale->file, name);
             }
             if (!to) continue;
             stored_read(s, scale, host);
@@ -3254,7 +3237,7 @@ static void checkpoint_all_used(const Checkpoint *c)
         int is_copy = at && (!strcmp(t->name + at, "embed_tokens.weight") ||
                              !strcmp(t->name + at, "shared_head.head.weight"));
         NEED(t->used || t->begin == t->end || is_copy, "%s: %s: config.json has no place for it",
-             t->shard->path, t->name);
+             t->file, t->name);
     }
 }
 
@@ -3263,10 +3246,10 @@ static void checkpoint_all_used(const Checkpoint *c)
 static Config directory_config(const char *directory)
 {
     static int said; // once, though a command asks again when it loads
-    char *path = path_join(directory, "config.json"), prefix[48];
-    Config c = config_load(path);
-    free(path);
+    NEED(*directory, "--model DIR is missing: the directory of a trained model");
+    Config c = config_load(path_join(directory, "config.json").text);
     if (c.D == 0) return c;
+    char prefix[48];
     Checkpoint files = checkpoint_open(directory);
     size_t n = (size_t)snprintf(prefix, sizeof prefix, "model.layers.%zu.", c.L), found = 0;
     for (size_t i = 0; i < files.n; i++) found += !strncmp(files.stored[i].name, prefix, n);
@@ -3302,12 +3285,12 @@ enum {
     TRAIN = 1, SAMPLE = 2, EVAL = 4, CHECK = 8, MOST = TRAIN | SAMPLE | EVAL | CHECK,
     PLAN = 16, SAVED = 32, RUN = TRAIN | SAVED // saved with a run, for --resume
 };
+#define CONFIG_NAMES "a config.json, laptop, laptop-mtp, moonlight-16b or deepseek-v3"
+#define GPU_NAMES "h800, h100, h200, h20, b200, a100, mi300x or rtx-4090"
 #define OPTIONS(X) \
     X(MOST, Text, model, "model", "", "DIR", "model directory to start from") \
-    X(TRAIN | CHECK, Text, config, "config", "laptop", "FILE", \
-      "new model: a config.json, laptop, laptop-mtp, moonlight-16b, deepseek-v3") \
-    X(PLAN, Text, plan_config, "config", "deepseek-v3", "FILE", \
-      "a config.json, laptop, laptop-mtp, moonlight-16b or deepseek-v3") \
+    X(TRAIN | CHECK, Text, config, "config", "laptop", "FILE", "new model: " CONFIG_NAMES) \
+    X(PLAN, Text, plan_config, "config", "deepseek-v3", "FILE", CONFIG_NAMES) \
     X(RUN | EVAL | CHECK, Text, data, "data", "", "FILE", "text to read") \
     X(TRAIN, Text, out, "out", "out/model", "DIR", "where the trained model goes") \
     X(TRAIN, Text, resume, "resume", "", "DIR", "go on with the run that was saved there") \
@@ -3326,46 +3309,38 @@ enum {
     X(CHECK, Number, check_lr, "lr", "0.001", "X", "learning rate of --steps") \
     X(RUN, Number, adam_lr, "adam-lr", "0.02", "X", "beside muon, AdamW's peak learning rate") \
     X(RUN, Count, warmup, "warmup", "20", "N", "steps of linear warm-up") \
-    X(RUN, Number, hold, "hold", "0", "X", \
-      "share of the steps at the peak, then the cosine; V3: 0.68") \
+    X(RUN, Number, hold, "hold", "0", "X", "share of the steps at the peak; V3: 0.68") \
     X(RUN, Number, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at") \
     X(RUN | CHECK, Number, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
     X(RUN | CHECK, Number, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
     X(RUN | CHECK, Number, decay, "weight-decay", "0.1", "X", "decoupled weight decay") \
     X(RUN | CHECK, Number, clip, "clip", "1", "X", "global gradient norm; 0: no clipping") \
     X(RUN, Number, momentum, "momentum", "0.9", "X", "Muon's momentum") \
-    X(RUN, Number, bias_speed, "bias-speed", "0.02", "X", \
-      "step of the routers' bias; V3, in many more steps: 0.001") \
+    X(RUN, Number, bias_speed, "bias-speed", "0.02", "X", "step of the routers' bias; V3: 0.001") \
     X(CHECK, Number, check_bias_speed, "bias-speed", "0.001", "X", "step of the routers' bias") \
-    X(RUN, Number, val_share, "val-share", "0.1", "X", \
-      "last part of the text, kept for validation") \
-    X(RUN, Count, val_every, "val-every", "200", "N", \
-      "steps between validations; 0: only at the end") \
+    X(RUN, Number, val_share, "val-share", "0.1", "X", "last part of the text, to validate on") \
+    X(RUN, Count, val_every, "val-every", "200", "N", "steps between validations; 0: at the end") \
     X(RUN, Count, log_every, "log-every", "10", "N", "steps between lines when piped") \
     X(SAMPLE, Text, prompt, "prompt", "\n", "TEXT", "what the text begins with") \
     X(RUN | SAMPLE, Count, tokens, "tokens", "300", "N", "tokens to generate") \
-    X(RUN | SAMPLE, Number, temperature, "temperature", "0.8", "X", \
-      "0: always the likeliest token") \
+    X(RUN | SAMPLE, Number, temperature, "temperature", "0.8", "X", "0: always the likeliest") \
     X(RUN | SAMPLE, Count, top_k, "top-k", "0", "K", "choose among the K likeliest; 0: all") \
     X(RUN | SAMPLE, Number, top_p, "top-p", "0.95", "X", \
       "choose among the likeliest of this total probability") \
     X(SAMPLE, Flag, speculate, "speculate", "", "", \
       "draft with the MTP layer; the text stays the same") \
-    X(PLAN, Text, gpu, "gpu", "h800", "NAME", \
-      "device: h800, h100, h200, h20, b200, a100, mi300x or rtx-4090") \
-    X(PLAN, Count, gpus, "gpus", "0", "N", \
-      "devices; 0: as the split needs, for deepseek-v3 2048") \
+    X(PLAN, Text, gpu, "gpu", "h800", "NAME", GPU_NAMES) \
+    X(PLAN, Count, gpus, "gpus", "0", "N", "devices; 0: as the split needs, for V3 2048") \
     X(PLAN, Count, data_parallel, "data-parallel", "0", "N", \
       "devices that share a batch; 0: --gpus / --pipeline") \
     X(PLAN, Count, expert_parallel, "expert-parallel", "0", "N", \
-      "of these, devices that share the experts; 0: 1, for deepseek-v3 64") \
-    X(PLAN, Count, pipeline, "pipeline", "0", "N", \
-      "stages of layers; 0: 1, for deepseek-v3 16") \
+      "of these, devices that share the experts; 0: 1, for V3 64") \
+    X(PLAN, Count, pipeline, "pipeline", "0", "N", "stages of layers; 0: 1, for V3 16") \
     X(PLAN, Count, micro_batch, "batch", "1", "B", "sequences at once in a device") \
     X(PLAN, Count, context, "seq", "0", "T", \
       "tokens of a sequence; 0: as in pre-training, before YaRN") \
     X(PLAN, Number, budget, "budget", "0", "N", \
-      "tokens to train on; 0: 20 an active parameter, for deepseek-v3 14.8e12") \
+      "tokens to train on; 0: 20 an active parameter, for V3 14.8e12") \
     X(PLAN, Number, mfu, "mfu", "0.4", "X", "model FLOPs utilization, of bfloat16's peak") \
     X(PLAN, Number, price, "price", "2", "X", "dollars a GPU hour") \
     X(PLAN, Flag, json, "json", "", "", "print JSON") \
@@ -3377,7 +3352,7 @@ typedef size_t Count;
 typedef double Number;
 typedef int Flag;
 
-#define OPTION_FIELD(commands, type, field, ...) type field;
+#define OPTION_FIELD(commands, type, field, ...) type field; Text field##_text; // as it was given
 typedef struct { OPTIONS(OPTION_FIELD) } Options;
 
 static Text parse_Text(const char *name, const char *value) { (void)name; return value; }
@@ -3403,22 +3378,6 @@ static Number parse_Number(const char *name, const char *value)
 
 static Flag parse_Flag(const char *name, const char *value) { (void)name; return *value != 0; }
 
-// The other way, in room for 32 characters; parse_ reads the same value back.
-static const char *show_Text(char *room, Text x) { return (void)room, x; }
-static const char *show_Flag(char *room, Flag x) { return (void)room, x ? "yes" : ""; }
-
-static const char *show_Count(char *room, Count x)
-{
-    snprintf(room, 32, "%zu", x);
-    return room;
-}
-
-static const char *show_Number(char *room, Number x)
-{
-    snprintf(room, 32, "%.17g", x);
-    return room;
-}
-
 // ------------------------------------------------------------------------------------------------
 // 10  Training
 
@@ -3435,30 +3394,27 @@ static double free_memory(void)
     return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
 }
 
-// Says what a command is about to allocate; refuses what the machine does not have.
-static const char *memory_plan(const Config *c, int training, size_t activations, size_t cache)
+// Says what a command is about to allocate, for B sequences at once and a cache; refuses what the
+// machine does not have.
+static const char *memory_plan(const Config *c, int training, size_t B, size_t T, size_t cache)
 {
     static char text[200];
     Layout layout = layout_make(c);
-    double n = 1e-6 * (double)layout.elements, available = 1e-6 * free_memory();
+    double n = 1e-6 * (double)layout.elements, activations = 0, available = 1e-6 * free_memory();
+    if (B) { // of which the plan allocates none
+        Acts acts = acts_plan(c, B, T, training);
+        activations = 1e-6 * (double)acts.arena.used;
+        acts_free(&acts);
+    }
     double weights = n * sizeof(real), gradients = training ? n * sizeof(accum) : 0;
-    double total = weights + 3 * gradients + 1e-6 * ((double)activations + (double)cache);
+    double total = weights + 3 * gradients + activations + 1e-6 * (double)cache;
     free(layout.tensor);
     snprintf(text, sizeof text, "weights %.1f MB, gradients %.1f, optimizer %.1f, activations "
              "%.1f, cache %.1f; %.1f of %.0f MB free", weights, gradients, 2 * gradients,
-             1e-6 * (double)activations, 1e-6 * (double)cache, total, available);
+             activations, 1e-6 * (double)cache, total, available);
     if (total > available)
         die(FAILED, "%.0f MB of memory are needed (%s); use a smaller --config, --batch or --seq",
             total, text);
-    return text;
-}
-
-// The same for so many sequences at once.
-static const char *memory_plan_acts(const Config *c, int training, size_t B, size_t T)
-{
-    Acts plan = acts_plan(c, B, T, training);
-    const char *text = memory_plan(c, training, plan.arena.used, 0);
-    acts_free(&plan);
     return text;
 }
 
@@ -3646,6 +3602,7 @@ static Run run_make(const Options *o, const Config *c)
     NEED(o->steps && r.B && o->accumulate, "--steps, --batch and --accumulate must be at least 1");
     NEED(!strcmp(o->optimizer, "muon") || !strcmp(o->optimizer, "adamw"),
          "--optimizer is %s; it must be muon or adamw", o->optimizer);
+    NEED(is_utf8(o->data), "--data %s: a name that is not UTF-8 cannot be saved", o->data);
     NEED(o->val_share < 1, "--val-share is %g; it must be below 1", o->val_share);
     r.n_train = (size_t)((double)r.text.n * (1 - o->val_share));
     r.n_val = r.text.n - r.n_train;
@@ -3669,7 +3626,7 @@ static const char state_name[] = "optimizer.safetensors";
 static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *opt, FILE *log)
 {
     size_t elements = m->layout.elements;
-    char room[32], *path = path_join(o->out, state_name);
+    Path path = path_join(o->out, state_name);
     if (!isfinite(sum_squares(m->weights, elements) + sum_squares(opt->m, elements) +
                   sum_squares(opt->v, elements)))
         die(FAILED, "step %zu: the weights are no longer finite; %s still has step %zu; try a "
@@ -3677,11 +3634,11 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
     if (fflush(log) || fsync(fileno(log)))
         die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
     model_save(m, o->out);
-    Output out = safetensors_open(path);
+    Output out = safetensors_open(path.text);
 #define SAVE_OPTION(commands, type, field, name, ...) \
     if ((commands) & SAVED) { \
         fprintf(out.f, ",\"--%s\":\"", name); \
-        json_print(out.f, show_##type(room, o->field)); \
+        json_print(out.f, o->field##_text); \
         fputc('"', out.f); \
     }
     OPTIONS(SAVE_OPTION)
@@ -3694,7 +3651,6 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
     end = entries_add(end, &m->layout, "v.", opt->v);
     safetensors_close(&out, entry, (size_t)(end - entry));
     r->saved = r->step;
-    free(path);
     free(entry);
 }
 
@@ -3702,27 +3658,19 @@ static const char *state_value(const Shard *s, const char *key)
 {
     const Json *metadata = json_get(s->header, "__metadata__");
     const Json *value = metadata ? json_get(metadata, key) : NULL;
-    NEED(value && value->type == JSON_STRING, "%s: is not the state of a run: has no %s", s->path,
-         key);
+    NEED(value && value->type == JSON_STRING, "%s: is not the state of a run: has no %s",
+         s->path.text, key);
     return value->string;
-}
-
-static double state_loss(const Shard *s, const char *key)
-{
-    const char *value = state_value(s, key);
-    char *end;
-    double x = strtod(value, &end); // may be nan: none yet
-    NEED(end != value && !*end, "%s: %s is not a number", s->path, key);
-    return x;
 }
 
 // Takes the options that a run was started with, and the directory it is in.
 static void options_from_state(Options *o, const char *directory)
 {
     static Shard s; // stays open, as the options point into it
-    s = shard_open(directory, state_name);
+    s = shard_open(path_join(directory, state_name));
 #define TAKE_OPTION(commands, type, field, name, ...) \
-    if ((commands) & SAVED) o->field = parse_##type(name, state_value(&s, "--" name));
+    if ((commands) & SAVED) \
+        o->field = parse_##type(name, o->field##_text = state_value(&s, "--" name));
     OPTIONS(TAKE_OPTION)
     o->model = o->resume = o->out = directory;
 }
@@ -3738,8 +3686,8 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
          "%s: is not the text that the run in %s began with", o->data, o->resume);
     r->step = r->first_step = r->saved = parse_Count("step", state_value(s, "step"));
     opt->step = (long)parse_Count("optimizer_step", state_value(s, "optimizer_step"));
-    r->train_loss = state_loss(s, "train_loss");
-    r->val_loss = state_loss(s, "val_loss");
+    r->train_loss = strtod(state_value(s, "train_loss"), NULL); // nan: none yet
+    r->val_loss = strtod(state_value(s, "val_loss"), NULL);
     checkpoint_read(&c, &m->layout, "", m->weights);
     checkpoint_read(&c, &m->layout, "m.", opt->m);
     checkpoint_read(&c, &m->layout, "v.", opt->v);
@@ -3754,21 +3702,19 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
 static FILE *log_open(const Run *r, const Options *o)
 {
     static char head[] = "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr\n";
-    char *path = path_join(o->out, "log.csv"), *old = NULL, *end = NULL;
+    Path path = path_join(o->out, "log.csv");
+    size_t size, rows = 0;
+    char *old = NULL, *end = NULL;
     if (r->step > 0) {
-        size_t size, rows = 0;
-        char *from = path_join(o->resume, "log.csv");
-        end = old = read_file(from, &size, SIZE_MAX - 1);
+        end = old = read_file(path_join(o->resume, "log.csv").text, &size, SIZE_MAX - 1);
         while (rows <= r->step && (end = strchr(end, '\n'))) end++, rows++;
-        free(from);
     }
-    Output out = output_open(path);
+    Output out = output_open(path.text);
     output_write(&out, end ? old : head, end ? (size_t)(end - old) : sizeof head - 1);
     output_close(&out);
-    FILE *log = fopen(path, "a");
-    NEED(log, "%s: cannot write: %s; choose another --out", path, strerror(errno));
+    FILE *log = fopen(path.text, "a");
+    NEED(log, "%s: cannot write: %s; choose another --out", path.text, strerror(errno));
     free(old);
-    free(path);
     return log;
 }
 
@@ -3839,14 +3785,11 @@ static void run_print(const Run *r, const Options *o, const Losses *s, double lo
 // by the other the directory would hold neither.
 static void prepare_directory(const Options *o, const Config *c)
 {
+    Path path = path_join(o->out, "config.json");
     make_directory(o->out);
-    char *path = path_join(o->out, "config.json");
-    if (!access(path, F_OK)) {
-        Config old = config_load(path);
-        NEED(!memcmp(&old, c, sizeof old),
-             "%s: holds a model of another shape; remove it or choose another --out", o->out);
-    }
-    free(path);
+    Config old = access(path.text, F_OK) ? *c : config_load(path.text);
+    NEED(!memcmp(&old, c, sizeof old),
+         "%s: holds a model of another shape; remove it or choose another --out", o->out);
 }
 
 enum { BAD_STEPS = 5 }; // in a row that end a run
@@ -3856,7 +3799,7 @@ static int command_train(const Options *o)
     Config config = config_from_options(o);
     const Config *c = &config;
     Run r = run_make(o, c);
-    const char *memory = memory_plan_acts(c, 1, r.B, r.T);
+    const char *memory = memory_plan(c, 1, r.B, r.T, 0);
     r.tokens = (int *)host_alloc(r.B * (r.T + 1), sizeof(int));
     prepare_directory(o, c);
     Model m = *o->resume ? model_make(c, 1) : model_from_options(o, c, 1);
@@ -4070,16 +4013,14 @@ static Plan plan_make(const Options *o, const Config *c)
     Plan p = {c, o->json, (double)v3, (double)is_preset(c, MOONLIGHT), 0, o->gpus,
               o->data_parallel, o->expert_parallel, o->pipeline, o->micro_batch,
               o->context ? o->context : (size_t)trained};
-    char names[200] = "";
-    for (size_t i = 0, n = 0; i < GPUS; i++)
-        n += (size_t)snprintf(names + n, sizeof names - n, " %s", gpus[i].name);
     while (p.gpu < GPUS && strcmp(o->gpu, gpus[p.gpu].name)) p.gpu++;
     if (!p.pipeline) p.pipeline = v3 ? V3_PIPELINE : 1;
     if (!p.expert) p.expert = v3 ? V3_EXPERT_PARALLEL : 1;
     if (!p.gpus && p.data) p.gpus = p.data * p.pipeline;
     if (!p.gpus) p.gpus = v3 ? (size_t)V3_GPUS : p.expert * p.pipeline;
     if (!p.data) p.data = p.gpus / p.pipeline;
-    NEED(p.gpu < GPUS, "--gpu is '%s'; it must be one of%s", o->gpu, names);
+    NEED(is_utf8(o->plan_config), "--config %s: the name is not UTF-8", o->plan_config);
+    NEED(p.gpu < GPUS, "--gpu is '%s'; it must be " GPU_NAMES, o->gpu);
     NEED(p.pipeline <= layers(c), "--pipeline is %zu but there are only %zu layers, MTP's included",
          p.pipeline, layers(c));
     NEED(p.expert == 1 || (c->E && c->E % p.expert == 0), "--expert-parallel %zu does not divide "
@@ -4281,14 +4222,8 @@ static int command_plan(const Options *o)
 // ------------------------------------------------------------------------------------------------
 // 12  Commands
 
-static void need_model(const Options *o)
-{
-    NEED(*o->model, "--model DIR is missing: the directory of a trained model");
-}
-
 static int command_sample(const Options *o)
 {
-    need_model(o);
     Model shape;
     memset(&shape, 0, sizeof shape);
     shape.config = directory_config(o->model);
@@ -4301,7 +4236,7 @@ static int command_sample(const Options *o)
              (unsigned char)*p, c->V);
     Decoder plan = SAMPLE_DECODER(decoder_plan, &shape, strlen(o->prompt), o->tokens);
     size_t angles = size_mul(2 * plan.positions, c->Dr * sizeof(accum));
-    const char *memory = memory_plan(c, 0, 0, plan.arena.used + angles);
+    const char *memory = memory_plan(c, 0, 0, 0, plan.arena.used + angles);
     decoder_free(&plan);
     Model m = model_load(o->model, 0);
     fprintf(stderr, "memory: %s\n", memory);
@@ -4318,12 +4253,11 @@ static int command_sample(const Options *o)
 
 static int command_eval(const Options *o)
 {
-    need_model(o);
     Config c = directory_config(o->model);
     Data text = data_load(o->data, &c);
     NEED(text.n >= 2, "%s: has %zu bytes; 2 are needed to predict one", o->data, text.n);
     size_t T = min_size(sequence_length(o, &c), text.n - 1);
-    const char *memory = memory_plan_acts(&c, 0, min_size(EVAL_ROWS(T), (text.n - 1) / T), T);
+    const char *memory = memory_plan(&c, 0, min_size(EVAL_ROWS(T), (text.n - 1) / T), T, 0);
     Model m = model_load(o->model, 0);
     fprintf(stderr, "memory: %s\n", memory);
     printf("loss %.7f tokens %zu\n", text_loss(&m, text.bytes, text.n, T), text.n - 1);
@@ -4366,7 +4300,7 @@ static int command_check(const Options *o)
          o->data, text.n, B, T, B * (T + 1));
     int *tokens = (int *)host_alloc(B * (T + 1), sizeof(int));
     tokens_copy(tokens, text.bytes, B * (T + 1));
-    memory_plan_acts(&c, 1, B, T);
+    memory_plan(&c, 1, B, T, 0);
     Model m = model_from_options(o, &c, 1);
     Acts a = acts_make(&m.config, B, T, 1);
     Optimizer opt = optimizer_make(&m);
@@ -4424,11 +4358,8 @@ static void print_help(const Command *command)
     printf("usage: moe %s [--option value ...]: %s\n\n", command->name, command->what);
 #define HELP(commands, type, field, name, standard, takes, what) \
     if ((commands) & command->bit) { \
-        char left[40]; \
-        snprintf(left, sizeof left, "--%s %s", name, takes); \
-        printf("  %-22s %s", left, what); \
-        if (*standard && *standard != '\n') printf(" (default %s)", standard); \
-        printf("\n"); \
+        printf("  --%s %-*s %s", name, 19 - (int)strlen(name), takes, what); \
+        printf(*standard && *standard != '\n' ? " (default %s)\n" : "%.0s\n", standard); \
     }
     OPTIONS(HELP)
 }
@@ -4436,7 +4367,8 @@ static void print_help(const Command *command)
 static Options parse_options(const Command *command, int argc, char **argv)
 {
     Options o;
-#define DEFAULT(commands, type, field, name, standard, ...) o.field = parse_##type(name, standard);
+#define DEFAULT(commands, type, field, name, standard, ...) \
+    o.field = parse_##type(name, o.field##_text = standard);
     OPTIONS(DEFAULT)
     for (int i = 2; i + 1 < argc && command->bit == TRAIN; i++)
         if (!strcmp(argv[i], "--resume")) options_from_state(&o, argv[i + 1]);
@@ -4452,7 +4384,7 @@ static Options parse_options(const Command *command, int argc, char **argv)
             known = 1; \
             is_flag = !*takes; \
             if (!is_flag && !value) die(BAD_INPUT, "--" name " needs a value: " takes); \
-            o.field = parse_##type(name, is_flag ? "yes" : value); \
+            o.field = parse_##type(name, o.field##_text = is_flag ? "yes" : value); \
         }
         OPTIONS(PARSE)
         if (!known)
