@@ -2632,6 +2632,8 @@ static Json *json_parse(const char *file, char *text, size_t size)
     return j;
 }
 
+static int is_whole(double x, double most) { return x >= 0 && x <= most && x == floor(x); }
+
 static const Json *json_get(const Json *object, const char *key) // NULL: there is none
 {
     const Json *j = object->type == JSON_OBJECT ? object->child : NULL;
@@ -2650,7 +2652,7 @@ static double config_number(const Json *object, const char *file, const char *ke
     if (missing) return absent;
     if (most == 1 && (j->type == JSON_TRUE || j->type == JSON_FALSE)) return j->type == JSON_TRUE;
     NEED(j->type == JSON_NUMBER, "%s: %s must be a number", file, key);
-    NEED(!most || (j->number >= 0 && j->number <= most && j->number == floor(j->number)),
+    NEED(!most || is_whole(j->number, most),
          "%s: %s is %g; it must be a whole number from 0 to %d", file, key, j->number, most);
     return j->number;
 }
@@ -2983,16 +2985,15 @@ static Shard shard_open(Path path)
     s.f = open_file(path.text, &s.size);
     NEED(s.size >= 8 && fread(prefix, 1, 8, s.f) == 8,
          "%s: not a safetensors file: shorter than 8 bytes", path.text);
-    uint64_t length = little_endian(prefix, 8);
-    NEED(length <= s.size - 8 && length <= JSON_BYTES, "%s: not a safetensors file, or truncated: "
-         "a header of %llu bytes in a file of %zu; at most %d are taken", path.text,
-         (unsigned long long)length, s.size, JSON_BYTES);
-    s.begin = 8 + (size_t)length;
+    size_t length = (size_t)little_endian(prefix, 8);
+    NEED(length <= min_size(s.size - 8, JSON_BYTES), "%s: not a safetensors file, or truncated: a "
+         "header of %zu bytes in a file of %zu; at most %d are taken", path.text, length, s.size,
+         JSON_BYTES);
+    s.begin = 8 + length;
     s.size -= s.begin;
-    s.text = (char *)host_alloc((size_t)length + 1, 1);
-    NEED(fread(s.text, 1, (size_t)length, s.f) == length, "%s: cannot read the header",
-         path.text);
-    s.header = json_parse(path.text, s.text, (size_t)length);
+    s.text = (char *)host_alloc(length + 1, 1);
+    NEED(fread(s.text, 1, length, s.f) == length, "%s: cannot read the header", path.text);
+    s.header = json_parse(path.text, s.text, length);
     return s;
 }
 
@@ -3031,8 +3032,7 @@ typedef struct {
 
 static size_t header_size(const Stored *t, const Json *j)
 {
-    NEED(j->type == JSON_NUMBER && j->number >= 0 && j->number < 0x1p53 &&
-         j->number == floor(j->number),
+    NEED(j->type == JSON_NUMBER && is_whole(j->number, 0x1p53 - 1),
          "%s: %s: sizes and offsets must be whole numbers below 2^53", t->file, t->name);
     return (size_t)j->number;
 }
@@ -3066,8 +3066,8 @@ static Stored stored_parse(const Shard *s, const Json *j)
 static int compare_places(const void *x, const void *y)
 {
     const Stored *a = (const Stored *)x, *b = (const Stored *)y;
-    if (a->begin != b->begin) return a->begin < b->begin ? -1 : 1;
-    return a->end < b->end ? -1 : a->end > b->end; // an empty tensor before what begins there too
+    if (a->begin == b->begin) return a->end < b->end ? -1 : a->end > b->end; // empty ones first
+    return a->begin < b->begin ? -1 : 1;
 }
 
 // An opened checkpoint: the tensors of all its files.
@@ -3115,6 +3115,8 @@ static Checkpoint checkpoint_file(const char *directory, const char *name)
     return checkpoint_list(directory, shard, 1);
 }
 
+enum { MAX_SHARDS = 1000 }; // about as many as can be open at once
+
 // Opens model.safetensors or, where only an index stands, the files that it names: then both must
 // say the same of what is where.
 static Checkpoint checkpoint_open(const char *directory)
@@ -3128,13 +3130,14 @@ static Checkpoint checkpoint_open(const char *directory)
     Json *index = json_parse(path, text, size);
     const Json *map = json_get(index, "weight_map");
     NEED(map && map->type == JSON_OBJECT && map->child, "%s: has no weight_map", path);
-    Shard *shard = (Shard *)host_alloc(map->length, sizeof(Shard));
+    Shard *shard = (Shard *)host_alloc(min_size(map->length, MAX_SHARDS), sizeof(Shard));
     for (const Json *j = map->child; j; j = j->next) {
         NEED(j->type == JSON_STRING && *j->string && !strchr(j->string, '/'),
              "%s: %s: must name a file in the same directory", path, j->key);
         Path file = path_join(directory, j->string);
         size_t i = 0;
         while (i < shards && strcmp(shard[i].path.text, file.text)) i++;
+        NEED(i < MAX_SHARDS, "%s: names more than %d files", path, MAX_SHARDS);
         if (i == shards) shard[shards++] = shard_open(file);
     }
     Checkpoint c = checkpoint_list(directory, shard, shards);
@@ -3355,28 +3358,19 @@ typedef int Flag;
 #define OPTION_FIELD(commands, type, field, ...) type field; Text field##_text; // as it was given
 typedef struct { OPTIONS(OPTION_FIELD) } Options;
 
-static Text parse_Text(const char *name, const char *value) { (void)name; return value; }
-
-static Count parse_Count(const char *name, const char *value)
-{
-    char *end;
-    errno = 0;
-    unsigned long long x = strtoull(value, &end, 10);
-    if (!isdigit((unsigned char)*value) || *end || errno || x > (1ull << 40))
-        die(BAD_INPUT, "--%s is '%s'; it must be a whole number, 0 or more", name, value);
-    return (size_t)x;
-}
-
-static Number parse_Number(const char *name, const char *value)
+static double parse_real(const char *name, const char *value, int whole)
 {
     char *end;
     double x = strtod(value, &end);
-    if (end == value || *end || !isfinite(x) || x < 0)
-        die(BAD_INPUT, "--%s is '%s'; it must be a number, 0 or more", name, value);
+    NEED(end != value && !*end && x >= 0 && (whole ? is_whole(x, 0x1p40) : isfinite(x)),
+         "--%s is '%s'; it must be a %snumber, 0 or more", name, value, whole ? "whole " : "");
     return x;
 }
 
-static Flag parse_Flag(const char *name, const char *value) { (void)name; return *value != 0; }
+#define parse_Text(name, value) (value)
+#define parse_Flag(name, value) (*(value) != 0)
+#define parse_Count(name, value) ((size_t)parse_real(name, value, 1))
+#define parse_Number(name, value) parse_real(name, value, 0)
 
 // ------------------------------------------------------------------------------------------------
 // 10  Training
@@ -3701,7 +3695,7 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
 // another run began in the directory and was killed before it saved.
 static FILE *log_open(const Run *r, const Options *o)
 {
-    static char head[] = "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr\n";
+    static const char head[] = "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr\n";
     Path path = path_join(o->out, "log.csv");
     size_t size, rows = 0;
     char *old = NULL, *end = NULL;
@@ -3729,8 +3723,8 @@ static void catch_signals(void)
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESETHAND | SA_RESTART; // once; and no write fails for it
-    if (sigaction(SIGINT, &action, NULL) || sigaction(SIGTERM, &action, NULL))
-        die(FAILED, "cannot catch signals: %s", strerror(errno));
+    NEED(!sigaction(SIGINT, &action, NULL) && !sigaction(SIGTERM, &action, NULL),
+         "cannot catch signals: %s", strerror(errno));
 }
 
 // Adds the gradients of a step's batches to the model's; returns their mean losses.
@@ -3769,8 +3763,8 @@ static void run_print(const Run *r, const Options *o, const Losses *s, double lo
 {
     double elapsed = now() - r->start, done = (double)(r->step - r->first_step);
     int full = (int)(20 * r->step / o->steps);
-    if (isatty(1)) printf("\r\033[K[%.*s%.*s] ", full, "####################", 20 - full,
-                          "....................");
+    if (isatty(1)) printf("\r\033[K[%.*s%.*s] ", full, "####################",
+                          20 - full, "....................");
     printf("step %zu/%zu loss %.4f val ", r->step, o->steps, r->train_loss);
     if (isfinite(r->val_loss)) printf("%.4f", r->val_loss);
     else printf("-");
@@ -4097,13 +4091,6 @@ static void plan_cache(const Plan *p)
                 "as much", plain / latent);
 }
 
-// Stage that holds a tensor: layers in order, as evenly as they divide; the head is in the last.
-static size_t pipeline_stage(const Config *c, const Tensor *t, size_t stages)
-{
-    if (t->layer >= 0) return (size_t)t->layer * stages / layers(c);
-    return t->kind == EMBEDDING ? 0 : stages - 1;
-}
-
 // Bytes of activations in bfloat16: of every layer, kept for the backward pass, or of one alone.
 static double activation_bytes(const Plan *p, int kept)
 {
@@ -4121,9 +4108,10 @@ static void plan_memory(const Plan *p)
     for (size_t stage = 0; stage < p->pipeline; stage++) {
         double each = 0, experts = 0; // parameters that every device of the stage has, or some
         for (size_t i = 0; i < layout.tensors; i++) {
-            const Tensor *t = &layout.tensor[i];
-            if (pipeline_stage(c, t, p->pipeline) == stage)
-                *(t->count > 1 ? &experts : &each) += (double)tensor_size(t);
+            const Tensor *t = &layout.tensor[i]; // layers in order, as evenly as they divide
+            size_t its = t->layer >= 0 ? (size_t)t->layer * p->pipeline / layers(c) :
+                         t->kind == EMBEDDING ? 0 : p->pipeline - 1;
+            if (its == stage) *(t->count > 1 ? &experts : &each) += (double)tensor_size(t);
         }
         double here = each + experts / (double)p->expert;
         double shared = 8 * (each + experts) / (double)p->data;

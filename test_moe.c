@@ -2423,6 +2423,19 @@ static void test_damaged_config(void)
         write_text(path, replaced("{\"a\":X\n}", "X", texts[i][0]));
         expect_error(2, texts[i][1], eval);
     }
+    Config huge = config_preset(DEEPSEEK_V3); // whose experts would pass 2^56 parameters
+    huge.C = huge.Fe = 1 << 20, huge.E = 1 << 16, huge.L = 1 << 12;
+    config_save(&huge, bad);
+    expect_error(2, label("%s: sizes overflow", path), eval);
+    enum { MANY = 1 << 22 };
+    char *many = (char *)room(2 * MANY + 10, 1);
+    strcpy(many, "{\"a\":[0");
+    for (size_t i = 0; i < MANY; i++) memcpy(many + 7 + 2 * i, ",0", 2);
+    strcpy(many + 7 + 2 * MANY, "]}");
+    write_text(in_path(bad, "model.safetensors.index.json"), many);
+    write_text(path, good);
+    remove(in_path(bad, "model.safetensors"));
+    expect_error(2, "JSON values; at most", eval);
     write_text(path, "");
     expect_error(2, "at byte 0", eval);
     write_text(path, "[1]");
