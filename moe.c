@@ -2971,34 +2971,29 @@ typedef struct {
     size_t begin, size; // of the data
 } Shard;
 
-static uint64_t little_endian(const unsigned char *b, size_t n)
-{
-    uint64_t x = 0;
-    while (n-- > 0) x = x << 8 | b[n];
-    return x;
-}
-
 static Shard shard_open(Path path)
 {
     Shard s = {path, NULL, NULL, NULL, 0, 0};
     unsigned char prefix[8];
+    uint64_t length = 0;
     s.f = open_file(path.text, &s.size);
     NEED(s.size >= 8 && fread(prefix, 1, 8, s.f) == 8,
          "%s: not a safetensors file: shorter than 8 bytes", path.text);
-    size_t length = (size_t)little_endian(prefix, 8);
+    for (int i = 0; i < 8; i++) length |= (uint64_t)prefix[i] << 8 * i;
     NEED(length <= min_size(s.size - 8, JSON_BYTES), "%s: not a safetensors file, or truncated: a "
-         "header of %zu bytes in a file of %zu; at most %d are taken", path.text, length, s.size,
-         JSON_BYTES);
-    s.begin = 8 + length;
+         "header of %llu bytes in a file of %zu; at most %d are taken", path.text,
+         (unsigned long long)length, s.size, JSON_BYTES);
+    s.begin = 8 + (size_t)length;
     s.size -= s.begin;
-    s.text = (char *)host_alloc(length + 1, 1);
-    NEED(fread(s.text, 1, length, s.f) == length, "%s: cannot read the header", path.text);
-    s.header = json_parse(path.text, s.text, length);
+    s.text = (char *)host_alloc(s.begin, 1);
+    NEED(fread(s.text, 1, s.begin - 8, s.f) == s.begin - 8, "%s: cannot read the header",
+         path.text);
+    s.header = json_parse(path.text, s.text, s.begin - 8);
     return s;
 }
 
 // The formats of numbers that are read. Shifted to where a float has its exponent and mantissa, a
-// code is the float but for the sign and, where the exponent is shorter, a factor.
+// code is the float but, where the exponent is shorter, for a factor.
 enum { F32, BF16, F16, F8_E4M3, DTYPES };
 static const struct {
     const char *name;
@@ -3011,14 +3006,13 @@ static const struct {
     {"F8_E4M3", 1, 20, 0x1p120f, 0x7F},
 };
 
-static float number_decode(int dtype, const unsigned char *bytes) // NAN for all that is not finite
+static float number_decode(int dtype, uint32_t code) // NAN for all that is not finite
 {
-    uint32_t code = (uint32_t)little_endian(bytes, dtypes[dtype].size);
-    uint32_t sign = 1u << (8 * dtypes[dtype].size - 1), rest = code & ~sign;
+    size_t bits = 8 * dtypes[dtype].size;
+    uint32_t sign = 1u << (bits - 1), rest = code & (sign - 1);
     union { uint32_t u; float f; } x;
-    x.u = rest << dtypes[dtype].shift;
-    x.f *= code & sign ? -dtypes[dtype].factor : dtypes[dtype].factor;
-    return rest < dtypes[dtype].infinite ? x.f : NAN;
+    x.u = (code & sign) << (32 - bits) | rest << dtypes[dtype].shift;
+    return rest < dtypes[dtype].infinite ? x.f * dtypes[dtype].factor : NAN;
 }
 
 // A tensor as a header describes it.
@@ -3187,7 +3181,7 @@ static void stored_read(const Stored *t, const Stored *scale, accum *to)
     FILE *f = t->shard->f;
     size_t size = dtypes[t->dtype].size, n = (t->end - t->begin) / size;
     size_t cols = t->shape[t->dims - 1], across = ceil_div(cols, FP8_BLOCK);
-    unsigned char *raw = (unsigned char *)host_alloc(n, size);
+    unsigned char *raw = (unsigned char *)host_alloc(n * size + 3, 1);
     accum *scales = NULL;
     if (scale) {
         scales = (accum *)host_alloc(scale->shape[0] * scale->shape[1], sizeof(accum));
@@ -3196,7 +3190,9 @@ static void stored_read(const Stored *t, const Stored *scale, accum *to)
     NEED(!fseeko(f, (off_t)(t->shard->begin + t->begin), SEEK_SET) && fread(raw, size, n, f) == n,
          "%s: %s: cannot read its data", t->file, t->name);
     for (size_t i = 0; i < n; i++) {
-        float x = number_decode(t->dtype, raw + i * size);
+        const unsigned char *b = raw + i * size; // and up to three bytes that follow
+        float x = number_decode(t->dtype, (uint32_t)b[0] | (uint32_t)b[1] << 8 |
+                                              (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24);
         if (scale) x *= (float)scales[i / cols / FP8_BLOCK * across + i % cols / FP8_BLOCK];
         NEED(isfinite(x), "%s: %s: element %zu is not a finite number", t->file, t->name, i);
         to[i] = (accum)x;
@@ -4141,13 +4137,13 @@ static void plan_memory(const Plan *p)
 // The speed of V3's pre-training: our count of its work in the published hours.
 static void plan_v3_speed(const Plan *p)
 {
-    Row row[] = {{"main_model", {0}, {250e9, 385e12, 0.3894}}, {"with_MTP", {0}, {0}}};
-    for (int mtp = 0; mtp < 2; mtp++) {
-        double *value = row[mtp].value;
-        value[0] = 3 * flops_forward(p->c, V3_CONTEXT, mtp);
-        value[1] = value[0] * V3_TOKENS / (3600 * V3_HOURS);
-        value[2] = value[1] / (1e12 * gpus[H800].tflops);
-    }
+    double rate = V3_TOKENS / (3600 * V3_HOURS), share = rate / (1e12 * gpus[H800].tflops);
+    double sum = 3 * flops_forward(p->c, V3_CONTEXT, 0);
+    double all = 3 * flops_forward(p->c, V3_CONTEXT, 1);
+    const Row row[] = {
+        {"main_model", {sum, sum * rate, sum * share}, {250e9, 385e12, 0.3894}},
+        {"with_MTP", {all, all * rate, all * share}, {0}},
+    };
     print_table(p->json, "V3_speed_of_a_GPU", "flops_of_a_token flops_a_second MFU", units,
                 ROWS(row), "14.8T tokens in the published 2,664K hours; MFU: of bfloat16's peak, "
                 "%.0f TFLOP/s; V3\n  computed in FP8, whose peak is twice that", gpus[H800].tflops);
@@ -4362,22 +4358,20 @@ static Options parse_options(const Command *command, int argc, char **argv)
         if (!strcmp(argv[i], "--resume")) options_from_state(&o, argv[i + 1]);
     for (int i = 2; i < argc; i++) {
         const char *is = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
-        int known = 0, is_flag = 0;
+        int words = 0;
         if (!strcmp(is, "--help")) {
             print_help(command);
             exit(0);
         }
 #define PARSE(commands, type, field, name, standard, takes, ...) \
         if (((commands) & command->bit) && !strcmp(is, "--" name)) { \
-            known = 1; \
-            is_flag = !*takes; \
-            if (!is_flag && !value) die(BAD_INPUT, "--" name " needs a value: " takes); \
-            o.field = parse_##type(name, o.field##_text = is_flag ? "yes" : value); \
+            words = *takes ? 2 : 1; \
+            NEED(words == 1 || value, "--" name " needs a value: " takes); \
+            o.field = parse_##type(name, o.field##_text = words == 1 ? "yes" : value); \
         }
         OPTIONS(PARSE)
-        if (!known)
-            die(BAD_INPUT, "unknown option %s; moe %s --help lists them", is, command->name);
-        i += !is_flag;
+        NEED(words, "unknown option %s; moe %s --help lists them", is, command->name);
+        i += words - 1;
     }
     return o;
 }

@@ -2106,16 +2106,14 @@ static void test_load_dtypes_shards(void)
             model_free(&n);
         }
     static const struct {
-        unsigned char half[2];
+        uint16_t half;
         float value;
-    } known[] = {{{0, 0x3C}, 1}, {{0, 0xC0}, -2}, {{0xFF, 0x7B}, 65504}, {{1, 0}, 0x1p-24f},
-                 {{0, 0x80}, 0}, {{0xFF, 0x03}, 0x3FFp-24f}, {{0, 0x04}, 0x1p-14f},
-                 {{0x55, 0x35}, 0.333251953125f}};
+    } known[] = {{0x3C00, 1}, {0xC000, -2}, {0x7BFF, 65504}, {0x0001, 0x1p-24f}, {0x8000, 0},
+                 {0x03FF, 0x3FFp-24f}, {0x0400, 0x1p-14f}, {0x3555, 0.333251953125f}};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        EXPECT(number_decode(F16, known[i].half) == known[i].value, "half %zu is %.9g", i,
-               number_decode(F16, known[i].half));
-    static const unsigned char infinity[] = {0, 0xFC}, nan[] = {0, 0x7E};
-    EXPECT(isnan(number_decode(F16, infinity)) && isnan(number_decode(F16, nan)),
+        EXPECT(number_decode(F16, known[i].half) == known[i].value, "half %04x is %.9g",
+               known[i].half, number_decode(F16, known[i].half));
+    EXPECT(isnan(number_decode(F16, 0xFC00)) && isnan(number_decode(F16, 0x7E00)),
            "half's infinity and NaN");
     model_free(&m);
 }
