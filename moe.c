@@ -2672,7 +2672,7 @@ static void config_expect(const Json *object, const char *file, const char *key,
     if (!j || j->type == JSON_NULL) return;
     snprintf(number, sizeof number, "%.15g", j->number);
     const char *is = j->type == JSON_STRING ? j->string : j->type == JSON_NUMBER ? number :
-                     j->type == JSON_TRUE ? "true" : j->type == JSON_FALSE ? "false" : "no value";
+                     j->type == JSON_TRUE ? "true" : j->type == JSON_FALSE ? "false" : "nested";
     NEED(!strcmp(is, value), "%s: %s is %s; this program knows only %s", file, key, is, value);
 }
 
@@ -2746,7 +2746,7 @@ static Config config_load(const char *file)
              "must be [%d, %d]", file, FP8_BLOCK, FP8_BLOCK);
     }
     config_check(c, file);
-    double n = 0;
+    double n = 0; // sizes that are small enough alone may still be too many parameters
 #define ADD_SIZE(type, field, present, count, rows, cols, ...) \
     if (present) n += (double)(count) * (double)(rows) * (double)(cols);
     MODEL_PARAMS(ADD_SIZE)
