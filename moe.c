@@ -2549,10 +2549,10 @@ static FILE *open_file(const char *path, size_t *size)
     struct stat st;
     FILE *f = NULL;
     if (!stat(path, &st)) {
-        if (!S_ISREG(st.st_mode)) die(BAD_INPUT, "%s: not a regular file", path);
+        NEED(S_ISREG(st.st_mode), "%s: not a regular file", path);
         f = fopen(path, "rb");
     }
-    if (!f) die(BAD_INPUT, "%s: cannot open: %s", path, strerror(errno));
+    NEED(f, "%s: cannot open: %s", path, strerror(errno));
     *size = (size_t)st.st_size;
     return f;
 }
@@ -2561,32 +2561,32 @@ static FILE *open_file(const char *path, size_t *size)
 static char *read_file(const char *path, size_t *size, size_t most)
 {
     FILE *f = open_file(path, size);
-    if (*size > most)
-        die(BAD_INPUT, "%s: %zu bytes is too large; at most %zu are taken", path, *size, most);
+    NEED(*size <= most, "%s: %zu bytes is too large; at most %zu are taken", path, *size, most);
     char *data = (char *)host_alloc(*size + 1, 1);
-    if (fread(data, 1, *size, f) != *size)
-        die(BAD_INPUT, "%s: cannot read: %s", path, ferror(f) ? strerror(errno) : "it got shorter");
-    if (fclose(f)) die(BAD_INPUT, "%s: cannot close: %s", path, strerror(errno));
+    NEED(fread(data, 1, *size, f) == *size, "%s: cannot read: %s", path,
+         ferror(f) ? strerror(errno) : "it got shorter");
+    NEED(!fclose(f), "%s: cannot close: %s", path, strerror(errno));
     return data;
 }
 
-static char *path_join(const char *directory, const char *name)
+typedef struct { char text[4096]; } Path;
+
+static Path path_join(const char *directory, const char *name)
 {
-    size_t n = strlen(directory) + strlen(name) + 2;
-    char *path = (char *)host_alloc(n, 1);
-    snprintf(path, n, "%s/%s", directory, name);
-    return path;
+    Path p;
+    int n = snprintf(p.text, sizeof p.text, "%s/%s", directory, name);
+    NEED(n < (int)sizeof p.text, "%.99s...: the path is too long", directory);
+    return p;
 }
 
 // JSON, strictly as RFC 8259 has it, at most JSON_DEPTH deep, no key twice. A string's text lies in
+// JSON, strictly as RFC 8259 has it, at most JSON_DEPTH deep, no key twice. A string's text lies in
 // the parsed buffer, its escapes replaced and a 0 after it; all values lie in one array.
-enum { JSON_DEPTH = 32 };
-enum JsonType {
-    JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT
-};
+enum { JSON_DEPTH = 32, JSON_VALUES = 1 << 22, JSON_BYTES = 100 << 20 };
+enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT };
 
 typedef struct Json {
-    enum JsonType type;
+    int type;
     char *key, *string;  // key: in an object
     double number;
     size_t length;       // of an array or object
@@ -2604,119 +2604,101 @@ static void json_fail(const Parser *p, const char *what)
     die(BAD_INPUT, "%s: not valid JSON at byte %zu: %s", p->file, (size_t)(p->at - p->begin), what);
 }
 
-static void json_space(Parser *p)
-{
-    while (*p->at && strchr(" \t\r\n", *p->at)) p->at++;
-}
-
-static int json_take(Parser *p, const char *word)
+static int json_take(Parser *p, const char *word) // after white space
 {
     size_t n = strlen(word);
-    if ((size_t)(p->end - p->at) < n || memcmp(p->at, word, n)) return 0;
+    p->at += strspn(p->at, " \t\r\n");
+    if (strncmp(p->at, word, n)) return 0;
     p->at += n;
     return 1;
 }
 
-static unsigned json_hex4(Parser *p)
+static unsigned json_hex(Parser *p) // \uXXXX
 {
-    unsigned value = 0;
-    for (int i = 0; i < 4; i++, p->at++) {
-        if (!isxdigit((unsigned char)*p->at)) json_fail(p, "\\u needs four hexadecimal digits");
-        int digit = tolower((unsigned char)*p->at);
-        value = value * 16 + (unsigned)(digit <= '9' ? digit - '0' : digit - 'a' + 10);
-    }
-    return value;
+    char digits[5] = {0};
+    if (strncmp(p->at, "\\u", 2) || strspn(p->at + 2, "0123456789abcdefABCDEF") < 4)
+        json_fail(p, "an escape that JSON does not know");
+    memcpy(digits, p->at + 2, 4);
+    p->at += 6;
+    return (unsigned)strtoul(digits, NULL, 16);
 }
 
 static char *utf8_put(char *to, unsigned code)
 {
-    static const unsigned first[5] = {0, 0, 0xC0, 0xE0, 0xF0};
-    int bytes = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
-    for (int i = bytes - 1; i > 0; i--, code >>= 6) to[i] = (char)(0x80 | (code & 0x3F));
-    to[0] = (char)(first[bytes] | code);
-    return to + bytes;
+    int n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4; // bytes
+    for (int i = n - 1; i > 0; i--, code >>= 6) to[i] = (char)(0x80 | (code & 0x3F));
+    to[0] = (char)(n == 1 ? code : (0xF00u >> n) | code);
+    return to + n;
 }
 
-// Length of the UTF-8 character at s, 0 if there is none: no overlong forms, no surrogates.
+// Length of the UTF-8 character at s, 0 if there is none: no 0, overlong form or surrogate.
 static int utf8_length(const char *s)
 {
+    static const unsigned least[5] = {1, 1, 0x80, 0x800, 0x10000};
     const unsigned char *u = (const unsigned char *)s;
-    int n = u[0] < 0x80 ? 1 : u[0] >> 5 == 6 ? 2 : u[0] >> 4 == 14 ? 3 : u[0] >> 3 == 30 ? 4 : 0;
-    unsigned code = n == 2 ? u[0] & 0x1F : n == 3 ? u[0] & 0x0F : u[0] & 0x07;
+    int n = *u < 0x80 ? 1 : *u >> 5 == 6 ? 2 : *u >> 4 == 14 ? 3 : *u >> 3 == 30 ? 4 : 0;
+    unsigned code = n == 1 ? *u : *u & (0x7Fu >> n);
     for (int i = 1; i < n; i++) {
         if (u[i] >> 6 != 2) return 0;
         code = code << 6 | (u[i] & 0x3F);
     }
-    if (n > 1 && (code < (n == 2 ? 0x80u : n == 3 ? 0x800u : 0x10000u) || code > 0x10FFFF ||
-                  (code >= 0xD800 && code < 0xE000)))
-        return 0;
-    return n;
+    return code < least[n] || code > 0x10FFFF || code >> 11 == 0xD800 >> 11 ? 0 : n;
+}
+
+static int is_utf8(const char *s)
+{
+    for (int n; *s; s += n)
+        if (!(n = utf8_length(s))) return 0;
+    return 1;
 }
 
 static char *json_string(Parser *p)
 {
+    static const char from[] = "\"\\/bfnrt", into[] = "\"\\/\b\f\n\r\t";
     if (!json_take(p, "\"")) json_fail(p, "expected a string");
-    char *start = p->at, *to = start;
+    char *start = p->at, *to = start; // never beyond what is read
     while (*p->at != '"') {
+        const char *escape = *p->at == '\\' && p->at[1] ? strchr(from, p->at[1]) : NULL;
         if ((unsigned char)*p->at < 0x20) json_fail(p, "a string ends in a control character");
         if (*p->at != '\\') {
-            int n = utf8_length(p->at);
-            if (!n) json_fail(p, "not UTF-8");
-            while (n--) *to++ = *p->at++;
-            continue;
-        }
-        p->at++;
-        static const char from[] = "\"\\/bfnrt", into[] = "\"\\/\b\f\n\r\t";
-        const char *escape = *p->at ? strchr(from, *p->at) : NULL;
-        if (escape) {
+            *to++ = *p->at++;
+        } else if (escape) {
             *to++ = into[escape - from];
-            p->at++;
-        } else if (*p->at == 'u') {
-            p->at++;
-            unsigned code = json_hex4(p);
-            if (code >= 0xD800 && code < 0xDC00) { // first half of a pair
-                unsigned low = json_take(p, "\\u") ? json_hex4(p) : 0;
-                if (low < 0xDC00 || low >= 0xE000) json_fail(p, "half a surrogate pair");
-                code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
-            } else if (code == 0 || (code >= 0xDC00 && code < 0xE000)) {
-                json_fail(p, "\\u0000 and lone surrogates are not taken");
-            }
-            to = utf8_put(to, code);
+            p->at += 2;
         } else {
-            json_fail(p, "unknown escape");
+            unsigned code = json_hex(p), low = code >> 10 == 0xD800 >> 10 ? json_hex(p) : 0;
+            if (low && low >> 10 != 0xDC00 >> 10) json_fail(p, "half a surrogate pair");
+            to = utf8_put(to, low ? 0x10000 + ((code & 0x3FF) << 10 | (low & 0x3FF)) : code);
         }
     }
     p->at++;
-    *to = 0; // never beyond the closing quote
+    *to = 0;
+    if (strlen(start) < (size_t)(to - start) || !is_utf8(start)) json_fail(p, "not UTF-8");
     return start;
 }
 
 static double json_number(Parser *p)
 {
-    char *s = p->at, *digits;
-    if (*s == '-') s++;
-    if (*s == '0') s++;
-    else
-        for (digits = s; isdigit((unsigned char)*s) || s == digits; s++)
-            if (!isdigit((unsigned char)*s)) json_fail(p, "expected a value");
-    if (*s == '.')
-        for (digits = ++s; isdigit((unsigned char)*s) || s == digits; s++)
-            if (!isdigit((unsigned char)*s)) json_fail(p, "expected a digit after the point");
+    static const char digits[] = "0123456789";
+    char *s = p->at + (*p->at == '-');
+    size_t whole = strspn(s, digits), fraction = 1, exponent = 1;
+    if (!whole || (*s == '0' && whole > 1)) json_fail(p, "expected a value");
+    s += whole;
+    if (*s == '.') s += 1 + (fraction = strspn(s + 1, digits));
     if (*s == 'e' || *s == 'E') {
-        s++;
-        if (*s == '+' || *s == '-') s++;
-        for (digits = s; isdigit((unsigned char)*s) || s == digits; s++)
-            if (!isdigit((unsigned char)*s)) json_fail(p, "expected a digit in the exponent");
+        s += s[1] == '+' || s[1] == '-' ? 2 : 1;
+        s += exponent = strspn(s, digits);
     }
     double value = strtod(p->at, NULL);
+    if (!fraction || !exponent) json_fail(p, "a number ends without a digit");
     if (!isfinite(value)) json_fail(p, "the number is out of range");
     p->at = s;
     return value;
 }
 
-static int compare_keys(const void *x, const void *y)
+static int compare_strings(const void *x, const void *y) // or of structs that begin with one
 {
-    return strcmp(*(char *const *)x, *(char *const *)y);
+    return strcmp(*(const char *const *)x, *(const char *const *)y);
 }
 
 static void json_unique_keys(const Parser *p, const Json *object)
@@ -2724,55 +2706,34 @@ static void json_unique_keys(const Parser *p, const Json *object)
     char **key = (char **)host_alloc(object->length, sizeof(char *));
     size_t n = 0;
     for (const Json *j = object->child; j; j = j->next) key[n++] = j->key;
-    qsort(key, n, sizeof(char *), compare_keys);
+    qsort(key, n, sizeof(char *), compare_strings);
     for (size_t i = 1; i < n; i++)
-        if (!strcmp(key[i - 1], key[i]))
-            die(BAD_INPUT, "%s: \"%s\" appears twice", p->file, key[i]);
+        NEED(strcmp(key[i - 1], key[i]), "%s: \"%s\" appears twice", p->file, key[i]);
     free(key);
 }
 
 static Json *json_value(Parser *p, int depth)
 {
-    Json *j = p->next++;
+    static const char *const words[] = {"null", "false", "true"};
+    Json *j = p->next++, **last = &j->child;
     if (depth > JSON_DEPTH) json_fail(p, "nested too deeply");
-    if (*p->at == '{' || *p->at == '[') {
-        char close = *p->at == '{' ? '}' : ']';
-        Json **last = &j->child;
-        j->type = close == '}' ? JSON_OBJECT : JSON_ARRAY;
-        p->at++;
-        json_space(p);
-        while (j->length > 0 || *p->at != close) {
-            char *key = NULL;
-            if (j->type == JSON_OBJECT) {
-                key = json_string(p);
-                json_space(p);
-                if (!json_take(p, ":")) json_fail(p, "expected ':'");
-                json_space(p);
-            }
-            *last = json_value(p, depth + 1);
-            (*last)->key = key;
-            last = &(*last)->next;
-            j->length++;
-            json_space(p);
-            if (*p->at == close) break;
-            if (!json_take(p, ",")) json_fail(p, "expected ',' or the closing bracket");
-            json_space(p);
+    if (json_take(p, "{")) j->type = JSON_OBJECT;
+    else if (json_take(p, "[")) j->type = JSON_ARRAY;
+    else if (*p->at == '"') j->type = JSON_STRING, j->string = json_string(p);
+    else while (j->type < JSON_NUMBER && !json_take(p, words[j->type])) j->type++;
+    if (j->type == JSON_NUMBER) j->number = json_number(p);
+    if (j->type < JSON_ARRAY) return j;
+    for (; !json_take(p, j->type == JSON_OBJECT ? "}" : "]"); last = &(*last)->next) {
+        char *key = NULL;
+        if (j->length++ && !json_take(p, ",")) json_fail(p, "expected ',' or the closing bracket");
+        if (j->type == JSON_OBJECT) {
+            key = json_string(p);
+            if (!json_take(p, ":")) json_fail(p, "expected ':'");
         }
-        p->at++;
-        if (j->type == JSON_OBJECT) json_unique_keys(p, j);
-    } else if (*p->at == '"') {
-        j->type = JSON_STRING;
-        j->string = json_string(p);
-    } else if (json_take(p, "null")) {
-        j->type = JSON_NULL;
-    } else if (json_take(p, "true")) {
-        j->type = JSON_TRUE;
-    } else if (json_take(p, "false")) {
-        j->type = JSON_FALSE;
-    } else {
-        j->type = JSON_NUMBER;
-        j->number = json_number(p);
+        *last = json_value(p, depth + 1);
+        (*last)->key = key;
     }
+    if (j->type == JSON_OBJECT) json_unique_keys(p, j);
     return j;
 }
 
@@ -2781,66 +2742,79 @@ static Json *json_parse(const char *file, char *text, size_t size)
 {
     size_t most = 1; // each value but the first follows one of these
     for (size_t i = 0; i < size; i++) most += text[i] == ',' || text[i] == '[' || text[i] == '{';
+    NEED(most <= JSON_VALUES, "%s: up to %zu JSON values; at most %d are taken", file, most,
+         JSON_VALUES);
     Parser p = {file, text, text, text + size, (Json *)host_alloc(most, sizeof(Json))};
-    json_space(&p);
     Json *j = json_value(&p, 0);
-    json_space(&p);
+    json_take(&p, ""); // white space
     if (p.at != p.end) json_fail(&p, "something follows the value");
-    if (j->type != JSON_OBJECT) die(BAD_INPUT, "%s: expected a JSON object", file);
+    NEED(j->type == JSON_OBJECT, "%s: expected a JSON object", file);
     return j;
 }
 
-static const Json *json_get(const Json *object, const char *key)
+static int is_whole(double x, double most) { return x >= 0 && x <= most && x == floor(x); }
+
+static const Json *json_get(const Json *object, const char *key) // NULL: there is none
 {
-    for (const Json *j = object->child; j; j = j->next)
-        if (!strcmp(j->key, key)) return j;
-    return NULL;
+    const Json *j = object->type == JSON_OBJECT ? object->child : NULL;
+    while (j && strcmp(j->key, key)) j = j->next;
+    return j;
 }
 
-static double config_number(const Json *j, const char *file, const char *key)
+// The number under a key: whole and at most `most`, unless that is 0; with 1 it may be a boolean.
+// null says no more than a missing key, for which `absent` stands in unless it is NAN.
+static double config_number(const Json *object, const char *file, const char *key, int most,
+                            double absent)
 {
-    if (j->type == JSON_NULL) return 0; // "q_lora_rank": null
-    if (j->type != JSON_NUMBER) die(BAD_INPUT, "%s: %s must be a number", file, key);
+    const Json *j = json_get(object, key);
+    int missing = !j || j->type == JSON_NULL;
+    NEED(!missing || !isnan(absent), "%s: %s is missing", file, key);
+    if (missing) return absent;
+    if (most == 1 && (j->type == JSON_TRUE || j->type == JSON_FALSE)) return j->type == JSON_TRUE;
+    NEED(j->type == JSON_NUMBER, "%s: %s must be a number", file, key);
+    NEED(!most || is_whole(j->number, most),
+         "%s: %s is %g; it must be a whole number from 0 to %d", file, key, j->number, most);
     return j->number;
 }
 
-// A whole number from 0 to most; *absent stands in for a key that may be missing.
-static size_t config_size(const Json *object, const char *file, const char *key, int most,
-                          const size_t *absent)
-{
-    const Json *j = json_get(object, key);
-    if (!j && !absent) die(BAD_INPUT, "%s: %s is missing", file, key);
-    if (j && most == 1 && (j->type == JSON_TRUE || j->type == JSON_FALSE))
-        return j->type == JSON_TRUE;
-    double x = j ? config_number(j, file, key) : (double)*absent;
-    if (!(x >= 0 && x <= most && x == floor(x)))
-        die(BAD_INPUT, "%s: %s is %g; it must be a whole number from 0 to %d", file, key, x, most);
-    return (size_t)x;
-}
+// Keys that may stand in a config.json, of which this program knows one sense only.
+static const char *const config_fixed[][2] = {
+    {"model_type", "deepseek_v3"}, {"scoring_func", "sigmoid"}, {"topk_method", "noaux_tc"},
+    {"hidden_act", "silu"}, {"seq_aux", "true"}, {"attention_bias", "false"},
+    {"rope_interleave", "true"}, {"tie_word_embeddings", "false"}, {"moe_layer_freq", "1"},
+};
+enum { CONFIG_FIXED = sizeof config_fixed / sizeof *config_fixed, CONFIG_STRINGS = 4 };
 
-// Dies if a key that this program knows in one sense only says another.
 static void config_expect(const Json *object, const char *file, const char *key, const char *value)
 {
     const Json *j = json_get(object, key);
-    if (!j) return;
-    const char *is = j->type == JSON_STRING ? j->string : j->type == JSON_TRUE ? "true" :
-                     j->type == JSON_FALSE ? "false" : "something else";
-    if (strcmp(is, value))
-        die(BAD_INPUT, "%s: %s is %s; this program knows only %s", file, key, is, value);
+    char number[32];
+    if (!j || j->type == JSON_NULL) return;
+    snprintf(number, sizeof number, "%.15g", j->number);
+    const char *is = j->type == JSON_STRING ? j->string : j->type == JSON_NUMBER ? number :
+                     j->type == JSON_TRUE ? "true" : j->type == JSON_FALSE ? "false" : "nested";
+    NEED(!strcmp(is, value), "%s: %s is %s; this program knows only %s", file, key, is, value);
 }
 
-enum { FP8_BLOCK = 128 }; // rows, and columns, that share a scale: [V3] 3.3.2
+// An object that need not be there.
+static const Json *config_object(const Json *object, const char *file, const char *key)
+{
+    const Json *j = json_get(object, key);
+    if (!j || j->type == JSON_NULL) return NULL;
+    NEED(j->type == JSON_OBJECT, "%s: %s must be an object", file, key);
+    return j;
+}
 
 // YaRN is in "rope_scaling" and the base beside it; transformers 5 has "rope_parameters", the base
 // inside and rope_type "default" where there is no YaRN.
 static void rope_from_json(Config *c, const Json *j, const char *file)
 {
-    const Json *rope = json_get(j, "rope_scaling");
-    if (!rope || rope->type == JSON_NULL) rope = json_get(j, "rope_parameters");
-    if (!rope || rope->type == JSON_NULL) return;
-    if (rope->type != JSON_OBJECT) die(BAD_INPUT, "%s: %s must be an object", file, rope->key);
-    const Json *type = json_get(rope, json_get(rope, "rope_type") ? "rope_type" : "type");
-    int yarn = type ? type->type != JSON_STRING || strcmp(type->string, "default") != 0
+    const Json *rope = config_object(j, file, "rope_scaling");
+    if (!rope) rope = config_object(j, file, "rope_parameters");
+    if (!rope) return;
+    const Json *type = json_get(rope, "rope_type");
+    if (!type) type = json_get(rope, "type");
+    int yarn = type ? type->type != JSON_STRING || strcmp(type->string, "default")
                     : json_get(rope, "factor") != NULL;
     if (yarn) {
         config_expect(rope, file, "type", "yarn");
@@ -2849,97 +2823,86 @@ static void rope_from_json(Config *c, const Json *j, const char *file)
         c->yarn_mscale = 1, c->yarn_mscale_all_dim = 0;
     }
     for (const Json *k = rope->child; k; k = k->next) {
-        const char *name = k->key;
-        if (k->type == JSON_NULL || !strcmp(name, "type") || !strcmp(name, "rope_type")) continue;
-        if (!strcmp(name, "rope_theta")) c->theta = config_number(k, file, name);
-#define READ_YARN(symbol, key, ...) \
-        else if (yarn && !strcmp(name, #key)) c->symbol = config_number(k, file, name);
-        CONFIG_YARN(READ_YARN)
-        else die(BAD_INPUT, "%s: %s: %s is not known here", file, rope->key, name);
+        double *to = !strcmp(k->key, "rope_theta") ? &c->theta : NULL;
+#define FIND_YARN(symbol, name, ...) if (yarn && !strcmp(k->key, #name)) to = &c->symbol;
+        CONFIG_YARN(FIND_YARN)
+        if (to) *to = config_number(rope, file, k->key, 0, *to);
+        else NEED(k->type == JSON_NULL || !strcmp(k->key, "type") || !strcmp(k->key, "rope_type"),
+                  "%s: %s: %s is not known here", file, rope->key, k->key);
     }
 }
 
-static Config config_from_json(const Json *j, const char *file)
+enum { FP8_BLOCK = 128 }; // rows, and columns, that share a scale: [V3] 3.3.2
+
+static Config config_load(const char *file)
 {
-    Config c = config_preset(LAPTOP);
-    c.D = c.Rq = 0; // an optional key that is absent says none, 1 group, normed weights
-    c.alpha = 0;
+    static const char optional[] = // none, 1 group, normed weights
+        " num_nextn_predict_layers q_lora_rank n_group topk_group norm_topk_prob ";
+    Config config = config_preset(LAPTOP), *c = &config;
+    size_t size;
+    char *text = read_file(file, &size, 1 << 20), heads[32];
+    Json *j = json_parse(file, text, size);
+    c->D = c->Rq = 0;
+    c->alpha = 0;
 #define READ_SIZE(symbol, key, most, ...) \
-    c.symbol = config_size(j, file, #key, most, \
-                           &c.symbol == &c.D || &c.symbol == &c.Rq || &c.symbol == &c.G || \
-                           &c.symbol == &c.KG || &c.symbol == &c.norm_topk ? &c.symbol : NULL);
-#define READ_REAL(symbol, key, ...) \
-    if (json_get(j, #key)) c.symbol = config_number(json_get(j, #key), file, #key);
+    c->symbol = (size_t)config_number(j, file, #key, most, strstr(optional, " " #key " ") \
+                                      ? (double)c->symbol : NAN);
+#define READ_REAL(symbol, key, ...) c->symbol = config_number(j, file, #key, 0, c->symbol);
     CONFIG_SIZES(READ_SIZE)
     CONFIG_REALS(READ_REAL)
-    rope_from_json(&c, j, file);
-    if (c.E == 0) c.dense = c.L; // for transformers, that decides by it alone
-    config_expect(j, file, "model_type", "deepseek_v3");
-    config_expect(j, file, "scoring_func", "sigmoid");
-    config_expect(j, file, "topk_method", "noaux_tc");
-    config_expect(j, file, "seq_aux", "true");
-    config_expect(j, file, "hidden_act", "silu");
-    config_expect(j, file, "attention_bias", "false");
-    config_expect(j, file, "rope_interleave", "true");
-    config_expect(j, file, "tie_word_embeddings", "false");
-    const Json *fp8 = json_get(j, "quantization_config"); // how stored_read takes FP8 weights
-    if (fp8 && fp8->type == JSON_OBJECT) {
+    rope_from_json(c, j, file);
+    if (c->E == 0) c->dense = c->L; // for transformers, that decides by it alone
+    for (size_t i = 0; i < CONFIG_FIXED; i++)
+        config_expect(j, file, config_fixed[i][0], config_fixed[i][1]);
+    snprintf(heads, sizeof heads, "%zu", c->NH);
+    config_expect(j, file, "num_key_value_heads", heads);
+    const Json *fp8 = config_object(j, file, "quantization_config"); // as stored_read takes it
+    if (fp8) {
         const Json *block = json_get(fp8, "weight_block_size");
         config_expect(fp8, file, "quant_method", "fp8");
         config_expect(fp8, file, "fmt", "e4m3");
-        if (!block || block->length != 2 || block->child->number != FP8_BLOCK ||
-            block->child->next->number != FP8_BLOCK)
-            die(BAD_INPUT, "%s: quantization_config: weight_block_size must be [%d, %d]", file,
-                FP8_BLOCK, FP8_BLOCK);
-    } else if (fp8 && fp8->type != JSON_NULL) {
-        die(BAD_INPUT, "%s: quantization_config must be an object", file);
+        NEED(block && block->length == 2 && block->child->number == FP8_BLOCK &&
+             block->child->next->number == FP8_BLOCK, "%s: quantization_config: weight_block_size "
+             "must be [%d, %d]", file, FP8_BLOCK, FP8_BLOCK);
     }
-    const Json *heads = json_get(j, "num_key_value_heads"), *freq = json_get(j, "moe_layer_freq");
-    if (heads && heads->type != JSON_NULL &&
-        config_number(heads, file, "num_key_value_heads") != (double)c.NH)
-        die(BAD_INPUT, "%s: num_key_value_heads must equal num_attention_heads, %zu", file, c.NH);
-    if (freq && config_number(freq, file, "moe_layer_freq") != 1)
-        die(BAD_INPUT, "%s: moe_layer_freq must be 1", file);
-    config_check(&c, file);
-    return c;
-}
-
-static Config config_load(const char *path)
-{
-    size_t size;
-    char *text = read_file(path, &size, 1 << 20);
-    Json *j = json_parse(path, text, size);
-    Config c = config_from_json(j, path);
+    config_check(c, file);
+    double n = 0; // sizes that are small enough alone may still be too many parameters
+#define ADD_SIZE(type, field, present, count, rows, cols, ...) \
+    if (present) n += (double)(count) * (double)(rows) * (double)(cols);
+    MODEL_PARAMS(ADD_SIZE)
+    for (size_t l = 0; l < layers(c); l++) {
+        int moe = is_moe(c, l), mtp = is_mtp(c, l);
+        LAYER_PARAMS(ADD_SIZE)
+    }
+    NEED(n < 0x1p56, "%s: sizes overflow: the model would have %.3g parameters", file, n);
     free(j);
     free(text);
-    return c;
+    return config;
 }
 
 // A file that takes its name only when it is whole and on the disk, so that whoever looks finds the
-// old one or the new one. Any error ends the program with the old one in place.
+// old one or the new one. Any error ends the program with the old one in place; one of printing to
+// f is found at the end.
 typedef struct {
     FILE *f;
-    char *path, *temporary;
+    const char *path;
+    char *temporary;
 } Output;
 
 static Output output_open(const char *path)
 {
-    Output o;
     size_t n = strlen(path) + 5;
-    o.path = (char *)host_alloc(n, 1);
-    o.temporary = (char *)host_alloc(n, 1);
-    snprintf(o.path, n, "%s", path);
+    Output o = {NULL, path, (char *)host_alloc(n, 1)};
     snprintf(o.temporary, n, "%s.tmp", path);
     o.f = fopen(o.temporary, "wb");
-    if (!o.f)
-        die(BAD_INPUT, "%s: cannot write: %s; choose another directory", o.temporary,
-            strerror(errno));
+    NEED(o.f, "%s: cannot write: %s; choose another directory", o.temporary, strerror(errno));
     return o;
 }
 
-static void output_fail(const Output *o)
+static void output_check(const Output *o, int good)
 {
     int error = errno;
+    if (good) return;
     remove(o->temporary);
     die(FAILED, "%s: cannot write: %s; what stood there before is unharmed", o->path,
         strerror(error));
@@ -2947,79 +2910,62 @@ static void output_fail(const Output *o)
 
 static void output_write(const Output *o, const void *data, size_t bytes)
 {
-    if (fwrite(data, 1, bytes, o->f) != bytes) output_fail(o);
+    output_check(o, fwrite(data, 1, bytes, o->f) == bytes);
 }
 
-static void output_close(Output *o)
+static void output_close(const Output *o)
 {
-    if (fflush(o->f) || fsync(fileno(o->f))) output_fail(o);
-    if (fclose(o->f)) output_fail(o);
-    if (rename(o->temporary, o->path)) output_fail(o);
-    char *slash = strrchr(o->path, '/'); // the rename, too, is on the disk only after an fsync
-    if (slash) slash[slash == o->path] = 0;
-    int directory = open(slash ? o->path : ".", O_RDONLY);
+    output_check(o, !fflush(o->f) && !ferror(o->f) && !fsync(fileno(o->f)));
+    output_check(o, !fclose(o->f));
+    output_check(o, !rename(o->temporary, o->path));
+    char *slash = strrchr(o->temporary, '/'); // the rename is on the disk only after an fsync, too
+    if (slash) slash[slash == o->temporary] = 0;
+    int directory = open(slash ? o->temporary : ".", O_RDONLY);
     if (directory >= 0) {
         fsync(directory); // some file systems refuse; there is no more to be done then
         close(directory);
     }
-    free(o->path);
     free(o->temporary);
 }
 
-// A real number as Python's json writes it: transformers takes no 1 where it expects 1.0.
-static const char *json_real(char room[32], double x)
+// Prints text, which must be UTF-8, as it stands in a JSON string.
+static void json_print(FILE *f, const char *text)
 {
-    snprintf(room, 30, "%.17g", x);
-    return strpbrk(room, ".e") ? room : strcat(room, ".0");
+    for (; *text; text++)
+        if (*text == '"' || *text == '\\' || (unsigned char)*text < 0x20)
+            fprintf(f, "\\u%04x", (unsigned)*text);
+        else fputc(*text, f);
 }
 
 static void config_save(const Config *c, const char *directory)
 {
-    char *path = path_join(directory, "config.json"), text[8192], room[32];
-    Output o = output_open(path);
-    int n = snprintf(text, sizeof text, "{\n  \"architectures\": [\"DeepseekV3ForCausalLM\"],\n"
-                     "  \"model_type\": \"deepseek_v3\",\n  \"torch_dtype\": \"float32\",\n");
-#define PRINT(...) n += snprintf(text + n, sizeof text - (size_t)n, __VA_ARGS__)
+    Path path = path_join(directory, "config.json");
+    Output o = output_open(path.text);
+    char room[32];
+    fprintf(o.f, "{\n  \"architectures\": [\"DeepseekV3ForCausalLM\"],\n"
+            "  \"torch_dtype\": \"float32\",\n");
+    for (size_t i = 0; i < CONFIG_FIXED; i++)
+        fprintf(o.f, i < CONFIG_STRINGS ? "  \"%s\": \"%s\",\n" : "  \"%s\": %s,\n",
+                config_fixed[i][0], config_fixed[i][1]);
 #define PRINT_SIZE(symbol, key, ...) \
-    if (!strcmp(#key, "norm_topk_prob")) \
-        PRINT("  \"%s\": %s,\n", #key, c->symbol ? "true" : "false"); \
-    else if (!strcmp(#key, "q_lora_rank") && !c->symbol) PRINT("  \"%s\": null,\n", #key); \
-    else PRINT("  \"%s\": %zu,\n", #key, c->symbol);
-#define PRINT_REAL(symbol, key, ...) PRINT("  \"%s\": %s,\n", #key, json_real(room, c->symbol));
+    snprintf(room, sizeof room, "%zu", c->symbol); \
+    fprintf(o.f, "  \"%s\": %s,\n", #key, \
+            !strcmp(#key, "norm_topk_prob") ? (c->symbol ? "true" : "false") : \
+            !strcmp(#key, "q_lora_rank") && !c->symbol ? "null" : room);
+#define PRINT_REAL(symbol, key, ...) /* with a point: transformers takes no 1 for 1.0 */ \
+    fprintf(o.f, "  \"%s\": %#.17g,\n", #key, c->symbol);
     CONFIG_SIZES(PRINT_SIZE)
     CONFIG_REALS(PRINT_REAL)
-    if (c->yarn_factor > 0) {
-        PRINT("  \"rope_scaling\": {\n");
+    fprintf(o.f, "  \"num_key_value_heads\": %zu,\n  \"rope_scaling\": ", c->NH);
 #define PRINT_YARN(symbol, key, ...) \
-        if (&c->symbol == &c->yarn_original) PRINT("    \"%s\": %.17g,\n", #key, c->symbol); \
-        else PRINT("    \"%s\": %s,\n", #key, json_real(room, c->symbol));
+    fprintf(o.f, &c->symbol == &c->yarn_original ? ", \"%s\": %.17g" : ", \"%s\": %#.17g", #key, \
+            c->symbol);
+    if (c->yarn_factor > 0) {
+        fprintf(o.f, "{\"type\": \"yarn\"");
         CONFIG_YARN(PRINT_YARN)
-        PRINT("    \"type\": \"yarn\"\n  },\n");
-    } else {
-        PRINT("  \"rope_scaling\": null,\n");
     }
-    PRINT("  \"num_key_value_heads\": %zu,\n  \"moe_layer_freq\": 1,\n"
-          "  \"scoring_func\": \"sigmoid\",\n  \"topk_method\": \"noaux_tc\",\n"
-          "  \"seq_aux\": true,\n  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n"
-          "  \"tie_word_embeddings\": false\n}\n", c->NH);
-    output_write(&o, text, (size_t)n);
+    fprintf(o.f, "%s\n}\n", c->yarn_factor > 0 ? "}" : "null");
     output_close(&o);
-    free(path);
-}
-
-// Appends text to a JSON string that is being written at `to`, escaped. Returns the end.
-static char *json_escape(char *to, const char *text)
-{
-    for (int n; *text; text += n) {
-        n = utf8_length(text);
-        if (!n) die(BAD_INPUT, "'%s' is not UTF-8", text);
-        if (n == 1 && (*text == '"' || *text == '\\' || (unsigned char)*text < 0x20))
-            to += snprintf(to, 7, "\\u%04x", (unsigned)*text);
-        else
-            for (int i = 0; i < n; i++) *to++ = text[i];
-    }
-    *to = 0;
-    return to;
 }
 
 // safetensors: 8 bytes of header length, a JSON header, the data. What is to be written:
@@ -3044,40 +2990,44 @@ static size_t entry_size(const Entry *e)
     return n;
 }
 
-// metadata: further members of the header's "__metadata__", each after a comma.
-static void safetensors_save(const char *path, const char *metadata, const Entry *entry, size_t n)
+// Begins a file; the caller may print more members of "__metadata__", each after a comma.
+static Output safetensors_open(const char *path)
 {
-    size_t room = 64 + strlen(metadata) + n * (NAME_MAX_LENGTH + 160), length, at = 0, largest = 0;
-    char *header = (char *)host_alloc(room, 1);
-    length = (size_t)snprintf(header, room, "{\"__metadata__\":{\"format\":\"pt\"%s}", metadata);
+    Output o = output_open(path);
+    fprintf(o.f, "%8s{\"__metadata__\":{\"format\":\"pt\"", "");
+    return o;
+}
+
+static void safetensors_close(const Output *o, const Entry *entry, size_t n)
+{
+    size_t at = 0, largest = 0;
+    char shape[64];
+    fprintf(o->f, "}");
     for (size_t i = 0; i < n; i++) {
-        const Entry *e = &entry[i];
-        size_t size = entry_size(e);
-        char shape[64];
-        shape_text(shape, e->shape, e->dims);
-        length += (size_t)snprintf(header + length, room - length, ",\"%s\":{\"dtype\":\"F32\","
-                                   "\"shape\":[%s],\"data_offsets\":[%zu,%zu]}", e->name, shape, at,
-                                   at + 4 * size);
+        size_t size = entry_size(&entry[i]), begin = at;
         at += 4 * size;
         if (size > largest) largest = size;
+        shape_text(shape, entry[i].shape, entry[i].dims);
+        fprintf(o->f, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
+                entry[i].name, shape, begin, at);
     }
-    header[length++] = '}';
-    while (length % 8) header[length++] = ' ';
-    unsigned char prefix[8];
-    for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)length >> 8 * i);
-    Output o = output_open(path);
-    output_write(&o, prefix, 8);
-    output_write(&o, header, length);
+    fprintf(o->f, "}");
+    long end = ftell(o->f), pad = -end & 7; // so that the data is aligned
+    output_check(o, end > 0);
+    fprintf(o->f, "%*s", (int)pad, "");
     accum *host = (accum *)host_alloc(largest, sizeof(accum));
     float *single = (float *)host_alloc(largest, sizeof(float));
     for (size_t i = 0; i < n; i++) {
         size_t size = entry_size(&entry[i]);
         to_host(host, entry[i].data, size * sizeof(accum));
         for (size_t j = 0; j < size; j++) single[j] = (float)host[j];
-        output_write(&o, single, size * sizeof(float));
+        output_write(o, single, size * sizeof(float));
     }
-    output_close(&o);
-    free(header);
+    unsigned char prefix[8];
+    for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)(end + pad - 8) >> 8 * i);
+    output_check(o, !fseek(o->f, 0, SEEK_SET));
+    output_write(o, prefix, 8);
+    output_close(o);
     free(host);
     free(single);
 }
@@ -3093,8 +3043,7 @@ static size_t count_entries(const Layout *layout)
 // Returns where the list ends.
 static Entry *entries_add(Entry *e, const Layout *layout, const char *prefix, const accum *data)
 {
-    for (size_t i = 0; i < layout->tensors; i++) {
-        const Tensor *t = &layout->tensor[i];
+    for (const Tensor *t = layout->tensor; t < layout->tensor + layout->tensors; t++)
         for (size_t k = 0; k < t->count; k++, e++) {
             tensor_name(e->name, prefix, t, k);
             e->dims = tensor_dims(t);
@@ -3102,149 +3051,137 @@ static Entry *entries_add(Entry *e, const Layout *layout, const char *prefix, co
             e->shape[1] = t->cols;
             e->data = data + t->offset + k * t->rows * t->cols;
         }
-    }
     return e;
 }
 
-static void make_directory(const char *path)
+static void make_directory(const char *path) // and those above it
 {
-    if (mkdir(path, 0777) == 0) return;
     struct stat st;
-    if (errno == ENOENT && strchr(path, '/')) { // make the parents first
-        char *parent = path_join(path, "");
-        parent[strlen(path)] = 0;
-        *strrchr(parent, '/') = 0;
-        if (*parent) make_directory(parent);
-        free(parent);
-        if (mkdir(path, 0777) == 0) return;
+    int error = 0;
+    Path part = path_join(path, "");
+    for (char *slash = strchr(part.text, '/'); slash; slash = strchr(slash + 1, '/')) {
+        *slash = 0;
+        error = mkdir(part.text, 0777) ? errno : 0;
+        *slash = '/';
     }
-    if (errno != EEXIST || stat(path, &st) || !S_ISDIR(st.st_mode))
-        die(BAD_INPUT, "%s: cannot make this directory: %s; choose another with --out", path,
-            strerror(errno == EEXIST ? ENOTDIR : errno));
+    NEED(!error || (!stat(path, &st) && S_ISDIR(st.st_mode)),
+         "%s: cannot make this directory: %s; choose another with --out", path,
+         strerror(error == EEXIST ? ENOTDIR : error));
 }
 
 // Writes config.json and model.safetensors.
 static void model_save(const Model *m, const char *directory)
 {
-    size_t n = count_entries(&m->layout);
-    Entry *entry = (Entry *)host_alloc(n, sizeof(Entry));
+    Entry *entry = (Entry *)host_alloc(count_entries(&m->layout), sizeof(Entry));
+    Entry *end = entries_add(entry, &m->layout, "", m->weights);
+    Path path = path_join(directory, "model.safetensors");
     make_directory(directory);
     config_save(&m->config, directory);
-    entries_add(entry, &m->layout, "", m->weights);
-    char *path = path_join(directory, "model.safetensors");
-    safetensors_save(path, "", entry, n);
-    free(path);
+    Output o = safetensors_open(path.text);
+    safetensors_close(&o, entry, (size_t)(end - entry));
     free(entry);
 }
 
 // One safetensors file that is being read.
 typedef struct {
-    char *path, *text;
-    const char *name;   // the path's last part
+    Path path;
     FILE *f;
-    Json *header;
+    char *text;
+    Json *header;       // its strings are in text
     size_t begin, size; // of the data
 } Shard;
 
-static Shard shard_open(const char *directory, const char *name)
+static Shard shard_open(Path path)
 {
-    Shard s;
+    Shard s = {path, NULL, NULL, NULL, 0, 0};
     unsigned char prefix[8];
     uint64_t length = 0;
-    s.path = path_join(directory, name);
-    s.name = strrchr(s.path, '/') + 1;
-    s.f = open_file(s.path, &s.size);
-    if (s.size < 8 || fread(prefix, 1, 8, s.f) != 8)
-        die(BAD_INPUT, "%s: not a safetensors file: shorter than 8 bytes", s.path);
+    s.f = open_file(path.text, &s.size);
+    NEED(s.size >= 8 && fread(prefix, 1, 8, s.f) == 8,
+         "%s: not a safetensors file: shorter than 8 bytes", path.text);
     for (int i = 0; i < 8; i++) length |= (uint64_t)prefix[i] << 8 * i;
-    if (length > s.size - 8 || length > 100 << 20)
-        die(BAD_INPUT, "%s: not a safetensors file, or truncated: a header of %llu bytes in a file "
-            "of %zu", s.path, (unsigned long long)length, s.size);
+    NEED(length <= min_size(s.size - 8, JSON_BYTES), "%s: not a safetensors file, or truncated: a "
+         "header of %llu bytes in a file of %zu; at most %d are taken", path.text,
+         (unsigned long long)length, s.size, JSON_BYTES);
     s.begin = 8 + (size_t)length;
     s.size -= s.begin;
-    s.text = (char *)host_alloc((size_t)length + 1, 1);
-    if (fread(s.text, 1, (size_t)length, s.f) != length)
-        die(BAD_INPUT, "%s: cannot read the header", s.path);
-    s.header = json_parse(s.path, s.text, (size_t)length);
+    s.text = (char *)host_alloc(s.begin, 1);
+    NEED(fread(s.text, 1, s.begin - 8, s.f) == s.begin - 8, "%s: cannot read the header",
+         path.text);
+    s.header = json_parse(path.text, s.text, s.begin - 8);
     return s;
 }
 
-static void shard_close(Shard *s)
+// The formats of numbers that are read. Shifted to where a float has its exponent and mantissa, a
+// code is the float but, where the exponent is shorter, for a factor.
+enum { F32, BF16, F16, F8_E4M3, DTYPES };
+static const struct {
+    const char *name;
+    size_t size;
+    int shift;
+    float factor;
+    uint32_t infinite; // the first code, but for its sign, of no finite number
+} dtypes[DTYPES] = {
+    {"F32", 4, 0, 1, 0x7F800000}, {"BF16", 2, 16, 1, 0x7F80}, {"F16", 2, 13, 0x1p112f, 0x7C00},
+    {"F8_E4M3", 1, 20, 0x1p120f, 0x7F},
+};
+
+static float number_decode(int dtype, uint32_t code) // NAN for all that is not finite
 {
-    if (fclose(s->f)) die(BAD_INPUT, "%s: cannot close: %s", s->path, strerror(errno));
-    free(s->header);
-    free(s->text);
-    free(s->path);
+    size_t bits = 8 * dtypes[dtype].size;
+    uint32_t sign = 1u << (bits - 1), rest = code & (sign - 1);
+    union { uint32_t u; float f; } x;
+    x.u = (code & sign) << (32 - bits) | rest << dtypes[dtype].shift;
+    return rest < dtypes[dtype].infinite ? x.f * dtypes[dtype].factor : NAN;
 }
 
 // A tensor as a header describes it.
 typedef struct {
     const char *name;
     const Shard *shard;
+    const char *file;
     size_t shape[2], dims, begin, end; // begin, end: of its data
-    int dtype, indexed, used;
+    int dtype, used;
 } Stored;
 
-enum { F32, BF16, F16, F8_E4M3, DTYPES };
-static const char *const dtype_names[DTYPES] = {"F32", "BF16", "F16", "F8_E4M3"};
-static const size_t dtype_sizes[DTYPES] = {4, 2, 2, 1};
-
-static size_t header_size(const Shard *s, const Json *j, const char *tensor)
+static size_t header_size(const Stored *t, const Json *j)
 {
-    if (j->type != JSON_NUMBER || j->number < 0 || j->number >= 0x1p53 ||
-        j->number != floor(j->number))
-        die(BAD_INPUT, "%s: %s: sizes and offsets must be whole numbers below 2^53", s->path,
-            tensor);
+    NEED(j->type == JSON_NUMBER && is_whole(j->number, 0x1p53 - 1),
+         "%s: %s: sizes and offsets must be whole numbers below 2^53", t->file, t->name);
     return (size_t)j->number;
 }
 
 static Stored stored_parse(const Shard *s, const Json *j)
 {
-    Stored t;
-    const Json *dtype = NULL, *shape = NULL, *offsets = NULL;
-    memset(&t, 0, sizeof t);
-    t.name = j->key;
-    t.shard = s;
-    if (j->type == JSON_OBJECT) {
-        dtype = json_get(j, "dtype");
-        shape = json_get(j, "shape");
-        offsets = json_get(j, "data_offsets");
+    Stored t = {j->key, s, s->path.text, {0, 0}, 0, 0, 0, 0, 0};
+    const Json *dtype = json_get(j, "dtype"), *shape = json_get(j, "shape");
+    const Json *offsets = json_get(j, "data_offsets");
+    NEED(dtype && dtype->type == JSON_STRING && shape && shape->type == JSON_ARRAY && offsets &&
+         offsets->type == JSON_ARRAY && offsets->length == 2,
+         "%s: %s: needs a dtype, a shape and two data_offsets", t.file, t.name);
+    while (t.dtype < DTYPES && strcmp(dtype->string, dtypes[t.dtype].name)) t.dtype++;
+    NEED(t.dtype < DTYPES, "%s: %s: dtype %s is not read; F32, BF16, F16 and F8_E4M3 are", t.file,
+         t.name, dtype->string);
+    NEED(shape->length == 1 || shape->length == 2,
+         "%s: %s: has %zu dimensions; 1 or 2 are expected", t.file, t.name, shape->length);
+    size_t n = dtypes[t.dtype].size;
+    for (const Json *size = shape->child; size; size = size->next) {
+        size_t d = t.shape[t.dims++] = header_size(&t, size);
+        n = d && n > SIZE_MAX / d ? SIZE_MAX : n * d;
     }
-    if (!dtype || dtype->type != JSON_STRING || !shape || shape->type != JSON_ARRAY || !offsets ||
-        offsets->type != JSON_ARRAY || offsets->length != 2)
-        die(BAD_INPUT, "%s: %s: needs a dtype, a shape and two data_offsets", s->path, t.name);
-    for (t.dtype = 0; t.dtype < DTYPES; t.dtype++)
-        if (!strcmp(dtype->string, dtype_names[t.dtype])) break;
-    if (t.dtype == DTYPES)
-        die(BAD_INPUT, "%s: %s: dtype %s is not read; F32, BF16, F16 and F8_E4M3 are", s->path,
-            t.name, dtype->string);
-    t.begin = header_size(s, offsets->child, t.name);
-    t.end = header_size(s, offsets->child->next, t.name);
-    size_t n = dtype_sizes[t.dtype];
-    t.dims = shape->length;
-    if (t.dims < 1 || t.dims > 2)
-        die(BAD_INPUT, "%s: %s: has %zu dimensions; 1 or 2 are expected", s->path, t.name, t.dims);
-    const Json *size = shape->child;
-    for (size_t d = 0; d < t.dims; d++, size = size->next) {
-        t.shape[d] = header_size(s, size, t.name);
-        n = t.shape[d] && n > SIZE_MAX / t.shape[d] ? SIZE_MAX : n * t.shape[d];
-    }
-    if (t.begin > t.end || t.end > s->size || t.end - t.begin != n)
-        die(BAD_INPUT, "%s: %s: its shape needs %zu bytes, its offsets are [%zu, %zu] and the file "
-            "has %zu of data", s->path, t.name, n, t.begin, t.end, s->size);
+    t.begin = header_size(&t, offsets->child);
+    t.end = header_size(&t, offsets->child->next);
+    NEED(t.begin <= t.end && t.end <= s->size && t.end - t.begin == n,
+         "%s: %s: its shape needs %zu bytes, its offsets are [%zu, %zu] and the file has %zu of "
+         "data", t.file, t.name, n, t.begin, t.end, s->size);
     return t;
-}
-
-static int compare_names(const void *x, const void *y)
-{
-    return strcmp(((const Stored *)x)->name, ((const Stored *)y)->name);
 }
 
 static int compare_places(const void *x, const void *y)
 {
     const Stored *a = (const Stored *)x, *b = (const Stored *)y;
-    if (a->begin != b->begin) return a->begin < b->begin ? -1 : 1;
-    return a->end < b->end ? -1 : a->end > b->end; // an empty tensor before what begins there too
+    if (a->begin == b->begin) return a->end < b->end ? -1 : a->end > b->end; // empty ones first
+    return a->begin < b->begin ? -1 : 1;
 }
 
 // An opened checkpoint: the tensors of all its files.
@@ -3262,155 +3199,126 @@ static Checkpoint checkpoint_list(const char *directory, Shard *shard, size_t sh
     size_t most = 0;
     for (size_t i = 0; i < shards; i++) most += shard[i].header->length;
     c.stored = (Stored *)host_alloc(most, sizeof(Stored));
-    for (size_t i = 0; i < shards; i++) {
+    for (const Shard *s = shard; s < shard + shards; s++) {
         size_t first = c.n, end = 0;
-        for (const Json *j = shard[i].header->child; j; j = j->next)
-            if (strcmp(j->key, "__metadata__")) c.stored[c.n++] = stored_parse(&shard[i], j);
+        for (const Json *j = s->header->child; j; j = j->next)
+            if (strcmp(j->key, "__metadata__")) c.stored[c.n++] = stored_parse(s, j);
         qsort(c.stored + first, c.n - first, sizeof(Stored), compare_places);
         for (const Stored *t = c.stored + first; t < c.stored + c.n; end = t++->end)
-            if (t->begin != end)
-                die(BAD_INPUT, "%s: %s: its data [%zu, %zu] overlaps or leaves a gap",
-                    shard[i].path, t->name, t->begin, t->end);
-        if (end != shard[i].size)
-            die(BAD_INPUT, "%s: leaves a gap of %zu bytes after its last tensor", shard[i].path,
-                shard[i].size - end);
+            NEED(t->begin == end, "%s: %s: its data [%zu, %zu] overlaps or leaves a gap", t->file,
+                 t->name, t->begin, t->end);
+        NEED(end == s->size, "%s: leaves a gap of %zu bytes after its last tensor", s->path.text,
+             s->size - end);
     }
-    qsort(c.stored, c.n, sizeof(Stored), compare_names);
+    qsort(c.stored, c.n, sizeof(Stored), compare_strings);
     for (size_t i = 1; i < c.n; i++)
-        if (!strcmp(c.stored[i - 1].name, c.stored[i].name))
-            die(BAD_INPUT, "%s: %s: stands in %s too", c.stored[i].shard->path, c.stored[i].name,
-                c.stored[i - 1].shard->path);
+        NEED(strcmp(c.stored[i - 1].name, c.stored[i].name), "%s: %s: stands in %s too",
+             c.stored[i].file, c.stored[i].name, c.stored[i - 1].file);
     return c;
 }
 
 static Stored *checkpoint_find(const Checkpoint *c, const char *name) // NULL: there is none
 {
-    Stored key;
-    key.name = name;
-    return c->n ? (Stored *)bsearch(&key, c->stored, c->n, sizeof key, compare_names) : NULL;
+    return (Stored *)bsearch(&name, c->stored, c->n, sizeof(Stored), compare_strings);
 }
 
-static float half_to_float(uint16_t h)
+static Checkpoint checkpoint_file(const char *directory, const char *name)
 {
-    int exponent = h >> 10 & 31, mantissa = h & 1023;
-    float x = exponent == 31 ? (mantissa ? NAN : INFINITY)
-              : exponent     ? ldexpf((float)(mantissa + 1024), exponent - 25)
-                             : ldexpf((float)mantissa, -24);
-    return h >> 15 ? -x : x;
+    Shard *shard = (Shard *)host_alloc(1, sizeof(Shard));
+    *shard = shard_open(path_join(directory, name));
+    return checkpoint_list(directory, shard, 1);
 }
 
-static float e4m3_to_float(unsigned char b) // a half with a shorter exponent; all ones: NaN
-{
-    if ((b & 0x7F) == 0x7F) return NAN;
-    return 256 * half_to_float((uint16_t)((b & 0x80) << 8 | (b & 0x7F) << 7));
-}
+enum { MAX_SHARDS = 1000 }; // about as many as can be open at once
 
-// Reads a stored tensor; dies on a number that is not finite. scale: of each block of an FP8 one.
-static void stored_read(const Stored *t, const Stored *scale, accum *to)
+// Opens model.safetensors or, where only an index stands, the files that it names: then both must
+// say the same of what is where.
+static Checkpoint checkpoint_open(const char *directory)
 {
-    const Shard *s = t->shard;
-    size_t size = dtype_sizes[t->dtype], n = (t->end - t->begin) / size;
-    size_t cols = t->shape[t->dims - 1], across = ceil_div(cols, FP8_BLOCK);
-    unsigned char *raw = (unsigned char *)host_alloc(n, size);
-    accum *scales = NULL;
-    if (scale) {
-        scales = (accum *)host_alloc(scale->shape[0] * scale->shape[1], sizeof(accum));
-        stored_read(scale, NULL, scales);
-    }
-    if (fseeko(s->f, (off_t)(s->begin + t->begin), SEEK_SET) || fread(raw, size, n, s->f) != n)
-        die(BAD_INPUT, "%s: %s: cannot read its data", s->path, t->name);
-    for (size_t i = 0; i < n; i++) {
-        const unsigned char *b = raw + i * size; // little-endian
-        union { uint32_t u; float f; } x;
-        if (t->dtype == F32)
-            x.u =
-                (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
-        else if (t->dtype == BF16)
-            x.u = (uint32_t)b[0] << 16 | (uint32_t)b[1] << 24;
-        else if (t->dtype == F16)
-            x.f = half_to_float((uint16_t)(b[0] | b[1] << 8));
-        else
-            x.f = e4m3_to_float(b[0]) *
-                  (float)scales[i / cols / FP8_BLOCK * across + i % cols / FP8_BLOCK];
-        if (!isfinite(x.f))
-            die(BAD_INPUT, "%s: %s: element %zu is not a finite number", s->path, t->name, i);
-        to[i] = (accum)x.f;
-    }
-    free(raw);
-    free(scales);
-}
-
-// Opens the files that model.safetensors.index.json names; both must say the same of what is where.
-static Checkpoint checkpoint_open_index(const char *directory, const char *path)
-{
-    size_t size, files = 0, n = 0;
-    char *text = read_file(path, &size, 100 << 20);
+    Path index_path = path_join(directory, "model.safetensors.index.json");
+    const char *path = index_path.text;
+    size_t size, shards = 0;
+    if (!access(path_join(directory, "model.safetensors").text, F_OK) || access(path, F_OK))
+        return checkpoint_file(directory, "model.safetensors");
+    char *text = read_file(path, &size, JSON_BYTES);
     Json *index = json_parse(path, text, size);
     const Json *map = json_get(index, "weight_map");
-    if (!map || map->type != JSON_OBJECT || !map->child)
-        die(BAD_INPUT, "%s: has no weight_map", path);
-    char **file = (char **)host_alloc(map->length, sizeof(char *));
+    NEED(map && map->type == JSON_OBJECT && map->child, "%s: has no weight_map", path);
+    Shard *shard = (Shard *)host_alloc(min_size(map->length, MAX_SHARDS), sizeof(Shard));
     for (const Json *j = map->child; j; j = j->next) {
-        if (j->type != JSON_STRING || strchr(j->string, '/') || !*j->string)
-            die(BAD_INPUT, "%s: %s: must name a file in the same directory", path, j->key);
-        file[files++] = j->string;
+        NEED(j->type == JSON_STRING && *j->string && !strchr(j->string, '/'),
+             "%s: %s: must name a file in the same directory", path, j->key);
+        Path file = path_join(directory, j->string);
+        size_t i = 0;
+        while (i < shards && strcmp(shard[i].path.text, file.text)) i++;
+        NEED(i < MAX_SHARDS, "%s: names more than %d files", path, MAX_SHARDS);
+        if (i == shards) shard[shards++] = shard_open(file);
     }
-    qsort(file, files, sizeof(char *), compare_keys);
-    for (size_t i = 0; i < files; i++)
-        if (i == 0 || strcmp(file[n - 1], file[i])) file[n++] = file[i];
-    Shard *shard = (Shard *)host_alloc(n, sizeof(Shard));
-    for (size_t i = 0; i < n; i++) shard[i] = shard_open(directory, file[i]);
-    Checkpoint c = checkpoint_list(directory, shard, n);
+    Checkpoint c = checkpoint_list(directory, shard, shards);
     for (const Json *j = map->child; j; j = j->next) {
         Stored *t = checkpoint_find(&c, j->key);
-        if (!t || strcmp(t->shard->name, j->string))
-            die(BAD_INPUT, "%s: %s: is not in %s", path, j->key, j->string);
-        t->indexed = 1;
+        NEED(t && !strcmp(t->file, path_join(directory, j->string).text),
+             "%s: %s: is not in %s", path, j->key, j->string);
+        t->used = 1;
     }
-    for (size_t i = 0; i < c.n; i++)
-        if (!c.stored[i].indexed)
-            die(BAD_INPUT, "%s: %s: is missing, though it is in %s", path, c.stored[i].name,
-                c.stored[i].shard->name);
-    free(file);
+    for (Stored *t = c.stored; t < c.stored + c.n; t++) {
+        NEED(t->used, "%s: %s: is missing, though it is in %s", path, t->name, t->file);
+        t->used = 0;
+    }
     free(index);
     free(text);
     return c;
 }
 
-// Opens model.safetensors or, where only that stands, an index and its shards.
-static Checkpoint checkpoint_open(const char *directory)
+static void checkpoint_close(Checkpoint *c)
 {
-    char *whole = path_join(directory, "model.safetensors");
-    char *index = path_join(directory, "model.safetensors.index.json");
-    Checkpoint c;
-    if (access(whole, F_OK) && !access(index, F_OK)) {
-        c = checkpoint_open_index(directory, index);
-    } else {
-        Shard *shard = (Shard *)host_alloc(1, sizeof(Shard));
-        *shard = shard_open(directory, "model.safetensors");
-        c = checkpoint_list(directory, shard, 1);
+    for (Shard *s = c->shard; s < c->shard + c->shards; s++) {
+        NEED(!fclose(s->f), "%s: cannot close: %s", s->path.text, strerror(errno));
+        free(s->header);
+        free(s->text);
     }
-    free(whole);
-    free(index);
-    return c;
+    free(c->shard);
+    free(c->stored);
 }
 
-// The tensor of this name and shape; with cols 0 it has one dimension.
-static Stored *checkpoint_get(const Checkpoint *c, const char *name, size_t rows, size_t cols)
+static Stored *checkpoint_get(const Checkpoint *c, const char *name, const size_t *shape,
+                              size_t dims)
 {
     Stored *t = checkpoint_find(c, name);
-    if (!t)
-        die(BAD_INPUT, "%s: %s: is missing, though config.json calls for it", c->directory, name);
-    size_t shape[2] = {rows, cols}, dims = cols ? 2 : 1;
-    if (t->dims != dims || t->shape[0] != rows || t->shape[1] != cols) {
-        char is[64], expected[64];
-        shape_text(is, t->shape, t->dims);
-        shape_text(expected, shape, dims);
-        die(BAD_INPUT, "%s: %s: has shape [%s], expected [%s]", t->shard->path, name, is,
-            expected);
-    }
+    char is[64], expected[64];
+    NEED(t, "%s: %s: is missing, though config.json calls for it", c->directory, name);
+    shape_text(is, t->shape, t->dims);
+    shape_text(expected, shape, dims);
+    NEED(!strcmp(is, expected), "%s: %s: has shape [%s], expected [%s]", t->file, name, is,
+         expected);
     t->used = 1;
     return t;
+}
+
+// Reads a stored tensor; dies on a number that is not finite. scale: of each block of an FP8 one.
+static void stored_read(const Stored *t, const Stored *scale, accum *to)
+{
+    FILE *f = t->shard->f;
+    size_t size = dtypes[t->dtype].size, n = (t->end - t->begin) / size;
+    size_t cols = t->shape[t->dims - 1], across = ceil_div(cols, FP8_BLOCK);
+    unsigned char *raw = (unsigned char *)host_alloc(n * size + 3, 1);
+    accum *scales = NULL;
+    if (scale) {
+        scales = (accum *)host_alloc(scale->shape[0] * scale->shape[1], sizeof(accum));
+        stored_read(scale, NULL, scales);
+    }
+    NEED(!fseeko(f, (off_t)(t->shard->begin + t->begin), SEEK_SET) && fread(raw, size, n, f) == n,
+         "%s: %s: cannot read its data", t->file, t->name);
+    for (size_t i = 0; i < n; i++) {
+        const unsigned char *b = raw + i * size; // and up to three bytes that follow
+        float x = number_decode(t->dtype, (uint32_t)b[0] | (uint32_t)b[1] << 8 |
+                                              (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24);
+        if (scale) x *= (float)scales[i / cols / FP8_BLOCK * across + i % cols / FP8_BLOCK];
+        NEED(isfinite(x), "%s: %s: element %zu is not a finite number", t->file, t->name, i);
+        to[i] = (accum)x;
+    }
+    free(raw);
+    free(scales);
 }
 
 // Reads every tensor of the layout, named with the prefix, to where it stands in `to`. With NULL
@@ -3418,21 +3326,17 @@ static Stored *checkpoint_get(const Checkpoint *c, const char *name, size_t rows
 // files fill.
 static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *prefix, accum *to)
 {
-    for (size_t i = 0; i < layout->tensors; i++) {
-        const Tensor *t = &layout->tensor[i];
-        size_t n = t->rows * t->cols, dims = tensor_dims(t);
+    for (const Tensor *t = layout->tensor; t < layout->tensor + layout->tensors; t++) {
+        size_t n = t->rows * t->cols, dims = tensor_dims(t), shape[2] = {t->rows, t->cols};
+        size_t blocks[2] = {ceil_div(t->rows, FP8_BLOCK), ceil_div(t->cols, FP8_BLOCK)};
         accum *host = to ? (accum *)host_alloc(n, sizeof(accum)) : NULL;
         for (size_t k = 0; k < t->count; k++) {
             char name[NAME_MAX_LENGTH + 16];
             tensor_name(name, prefix, t, k);
-            Stored *scale = NULL;
-            Stored *s = checkpoint_get(c, name, dims == 1 ? t->cols : t->rows,
-                                       dims == 1 ? 0 : t->cols);
+            Stored *s = checkpoint_get(c, name, shape + 2 - dims, dims), *scale = NULL;
             if (s->dtype == F8_E4M3) {
-                scale = checkpoint_get(c, strcat(name, "_scale_inv"), ceil_div(t->rows, FP8_BLOCK),
-                                       ceil_div(t->cols, FP8_BLOCK));
-                if (scale->dtype != F32)
-                    die(BAD_INPUT, "%s: %s: must be F32", scale->shard->path, name);
+                scale = checkpoint_get(c, strcat(name, "_scale_inv"), blocks, 2);
+                NEED(scale->dtype == F32, "%s: %s: must be F32", scale->file, name);
             }
             if (!to) continue;
             stored_read(s, scale, host);
@@ -3442,53 +3346,37 @@ static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *pre
     }
 }
 
-// The released MTP layers carry copies of the embedding and the head, which the model shares.
-static int is_shared_copy(const char *name)
-{
-    static const char layer[] = "model.layers.";
-    if (strncmp(name, layer, sizeof layer - 1)) return 0;
-    name += sizeof layer - 1;
-    name += strspn(name, "0123456789");
-    return !strcmp(name, ".embed_tokens.weight") || !strcmp(name, ".shared_head.head.weight");
-}
-
-// Dies if there is a tensor that nobody read. Empty ones are transformers' for no shared experts.
+// Dies if there is a tensor that nobody read, unless it is empty, which are transformers' for no
+// shared experts, or a released MTP layer's copy of the embedding or the head, which are shared.
 static void checkpoint_all_used(const Checkpoint *c)
 {
-    for (size_t i = 0; i < c->n; i++) {
-        const Stored *s = &c->stored[i];
-        if (!s->used && s->begin < s->end && !is_shared_copy(s->name))
-            die(BAD_INPUT, "%s: %s: config.json has no place for it", s->shard->path, s->name);
+    for (const Stored *t = c->stored; t < c->stored + c->n; t++) {
+        int at = 0;
+        sscanf(t->name, "model.layers.%*[0-9].%n", &at);
+        int is_copy = at && (!strcmp(t->name + at, "embed_tokens.weight") ||
+                             !strcmp(t->name + at, "shared_head.head.weight"));
+        NEED(t->used || t->begin == t->end || is_copy, "%s: %s: config.json has no place for it",
+             t->file, t->name);
     }
-}
-
-static void checkpoint_close(Checkpoint *c)
-{
-    for (size_t i = 0; i < c->shards; i++) shard_close(&c->shard[i]);
-    free(c->shard);
-    free(c->stored);
 }
 
 // The configuration of the model in a directory. transformers has no MTP layers and drops them when
 // it saves, but keeps num_nextn_predict_layers: then there are none here either.
 static Config directory_config(const char *directory)
 {
-    char *path = path_join(directory, "config.json");
-    Config c = config_load(path);
-    free(path);
-    if (c.D == 0) return c;
     static int said; // once, though a command asks again when it loads
-    Checkpoint files = checkpoint_open(directory);
+    NEED(*directory, "--model DIR is missing: the directory of a trained model");
+    Config c = config_load(path_join(directory, "config.json").text);
+    if (c.D == 0) return c;
     char prefix[48];
+    Checkpoint files = checkpoint_open(directory);
     size_t n = (size_t)snprintf(prefix, sizeof prefix, "model.layers.%zu.", c.L), found = 0;
     for (size_t i = 0; i < files.n; i++) found += !strncmp(files.stored[i].name, prefix, n);
     checkpoint_close(&files);
-    if (!found) {
-        if (!said++)
-            fprintf(stderr, "moe: %s: num_nextn_predict_layers is %zu, but no such layers are "
-                    "there; going on without\n", directory, c.D);
-        c.D = 0;
-    }
+    if (!found && !said++)
+        fprintf(stderr, "moe: %s: num_nextn_predict_layers is %zu, but no such layers are there; "
+                "going on without\n", directory, c.D);
+    if (!found) c.D = 0;
     return c;
 }
 
@@ -3516,12 +3404,12 @@ enum {
     TRAIN = 1, SAMPLE = 2, EVAL = 4, CHECK = 8, MOST = TRAIN | SAMPLE | EVAL | CHECK,
     PLAN = 16, SAVED = 32, RUN = TRAIN | SAVED // saved with a run, for --resume
 };
+#define CONFIG_NAMES "a config.json, laptop, laptop-mtp, moonlight-16b or deepseek-v3"
+#define GPU_NAMES "h800, h100, h200, h20, b200, a100, mi300x or rtx-4090"
 #define OPTIONS(X) \
     X(MOST, Text, model, "model", "", "DIR", "model directory to start from") \
-    X(TRAIN | CHECK, Text, config, "config", "laptop", "FILE", \
-      "new model: a config.json, laptop, laptop-mtp, moonlight-16b, deepseek-v3") \
-    X(PLAN, Text, plan_config, "config", "deepseek-v3", "FILE", \
-      "a config.json, laptop, laptop-mtp, moonlight-16b or deepseek-v3") \
+    X(TRAIN | CHECK, Text, config, "config", "laptop", "FILE", "new model: " CONFIG_NAMES) \
+    X(PLAN, Text, plan_config, "config", "deepseek-v3", "FILE", CONFIG_NAMES) \
     X(RUN | EVAL | CHECK, Text, data, "data", "", "FILE", "text to read") \
     X(TRAIN, Text, out, "out", "out/model", "DIR", "where the trained model goes") \
     X(TRAIN, Text, resume, "resume", "", "DIR", "go on with the run that was saved there") \
@@ -3540,46 +3428,38 @@ enum {
     X(CHECK, Number, check_lr, "lr", "0.001", "X", "learning rate of --steps") \
     X(RUN, Number, adam_lr, "adam-lr", "0.02", "X", "beside muon, AdamW's peak learning rate") \
     X(RUN, Count, warmup, "warmup", "20", "N", "steps of linear warm-up") \
-    X(RUN, Number, hold, "hold", "0", "X", \
-      "share of the steps at the peak, then the cosine; V3: 0.68") \
+    X(RUN, Number, hold, "hold", "0", "X", "share of the steps at the peak; V3: 0.68") \
     X(RUN, Number, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at") \
     X(RUN | CHECK, Number, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
     X(RUN | CHECK, Number, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
     X(RUN | CHECK, Number, decay, "weight-decay", "0.1", "X", "decoupled weight decay") \
     X(RUN | CHECK, Number, clip, "clip", "1", "X", "global gradient norm; 0: no clipping") \
     X(RUN, Number, momentum, "momentum", "0.9", "X", "Muon's momentum") \
-    X(RUN, Number, bias_speed, "bias-speed", "0.02", "X", \
-      "step of the routers' bias; V3, in many more steps: 0.001") \
+    X(RUN, Number, bias_speed, "bias-speed", "0.02", "X", "step of the routers' bias; V3: 0.001") \
     X(CHECK, Number, check_bias_speed, "bias-speed", "0.001", "X", "step of the routers' bias") \
-    X(RUN, Number, val_share, "val-share", "0.1", "X", \
-      "last part of the text, kept for validation") \
-    X(RUN, Count, val_every, "val-every", "200", "N", \
-      "steps between validations; 0: only at the end") \
+    X(RUN, Number, val_share, "val-share", "0.1", "X", "last part of the text, to validate on") \
+    X(RUN, Count, val_every, "val-every", "200", "N", "steps between validations; 0: at the end") \
     X(RUN, Count, log_every, "log-every", "10", "N", "steps between lines when piped") \
     X(SAMPLE, Text, prompt, "prompt", "\n", "TEXT", "what the text begins with") \
     X(RUN | SAMPLE, Count, tokens, "tokens", "300", "N", "tokens to generate") \
-    X(RUN | SAMPLE, Number, temperature, "temperature", "0.8", "X", \
-      "0: always the likeliest token") \
+    X(RUN | SAMPLE, Number, temperature, "temperature", "0.8", "X", "0: always the likeliest") \
     X(RUN | SAMPLE, Count, top_k, "top-k", "0", "K", "choose among the K likeliest; 0: all") \
     X(RUN | SAMPLE, Number, top_p, "top-p", "0.95", "X", \
       "choose among the likeliest of this total probability") \
     X(SAMPLE, Flag, speculate, "speculate", "", "", \
       "draft with the MTP layer; the text stays the same") \
-    X(PLAN, Text, gpu, "gpu", "h800", "NAME", \
-      "device: h800, h100, h200, h20, b200, a100, mi300x or rtx-4090") \
-    X(PLAN, Count, gpus, "gpus", "0", "N", \
-      "devices; 0: as the split needs, for deepseek-v3 2048") \
+    X(PLAN, Text, gpu, "gpu", "h800", "NAME", GPU_NAMES) \
+    X(PLAN, Count, gpus, "gpus", "0", "N", "devices; 0: as the split needs, for V3 2048") \
     X(PLAN, Count, data_parallel, "data-parallel", "0", "N", \
       "devices that share a batch; 0: --gpus / --pipeline") \
     X(PLAN, Count, expert_parallel, "expert-parallel", "0", "N", \
-      "of these, devices that share the experts; 0: 1, for deepseek-v3 64") \
-    X(PLAN, Count, pipeline, "pipeline", "0", "N", \
-      "stages of layers; 0: 1, for deepseek-v3 16") \
+      "of these, devices that share the experts; 0: 1, for V3 64") \
+    X(PLAN, Count, pipeline, "pipeline", "0", "N", "stages of layers; 0: 1, for V3 16") \
     X(PLAN, Count, micro_batch, "batch", "1", "B", "sequences at once in a device") \
     X(PLAN, Count, context, "seq", "0", "T", \
       "tokens of a sequence; 0: as in pre-training, before YaRN") \
     X(PLAN, Number, budget, "budget", "0", "N", \
-      "tokens to train on; 0: 20 an active parameter, for deepseek-v3 14.8e12") \
+      "tokens to train on; 0: 20 an active parameter, for V3 14.8e12") \
     X(PLAN, Number, mfu, "mfu", "0.4", "X", "model FLOPs utilization, of bfloat16's peak") \
     X(PLAN, Number, price, "price", "2", "X", "dollars a GPU hour") \
     X(PLAN, Flag, json, "json", "", "", "print JSON") \
@@ -3591,50 +3471,62 @@ typedef size_t Count;
 typedef double Number;
 typedef int Flag;
 
-#define OPTION_FIELD(commands, type, field, ...) type field;
+#define OPTION_FIELD(commands, type, field, ...) type field; Text field##_text; // as it was given
 typedef struct { OPTIONS(OPTION_FIELD) } Options;
 
-static Text parse_Text(const char *name, const char *value) { (void)name; return value; }
-
-static Count parse_Count(const char *name, const char *value)
-{
-    char *end;
-    errno = 0;
-    unsigned long long x = strtoull(value, &end, 10);
-    if (!isdigit((unsigned char)*value) || *end || errno || x > (1ull << 40))
-        die(BAD_INPUT, "--%s is '%s'; it must be a whole number, 0 or more", name, value);
-    return (size_t)x;
-}
-
-static Number parse_Number(const char *name, const char *value)
+static double parse_real(const char *name, const char *value, int whole)
 {
     char *end;
     double x = strtod(value, &end);
-    if (end == value || *end || !isfinite(x) || x < 0)
-        die(BAD_INPUT, "--%s is '%s'; it must be a number, 0 or more", name, value);
+    NEED(end != value && !*end && x >= 0 && (whole ? is_whole(x, 0x1p40) : isfinite(x)),
+         "--%s is '%s'; it must be a %snumber, 0 or more", name, value, whole ? "whole " : "");
     return x;
 }
 
-static Flag parse_Flag(const char *name, const char *value) { (void)name; return *value != 0; }
-
-// The other way, in room for 32 characters; parse_ reads the same value back.
-static const char *show_Text(char *room, Text x) { return (void)room, x; }
-static const char *show_Flag(char *room, Flag x) { return (void)room, x ? "yes" : ""; }
-
-static const char *show_Count(char *room, Count x)
-{
-    snprintf(room, 32, "%zu", x);
-    return room;
-}
-
-static const char *show_Number(char *room, Number x)
-{
-    snprintf(room, 32, "%.17g", x);
-    return room;
-}
+#define parse_Text(name, value) (value)
+#define parse_Flag(name, value) (*(value) != 0)
+#define parse_Count(name, value) ((size_t)parse_real(name, value, 1))
+#define parse_Number(name, value) parse_real(name, value, 0)
 
 // ------------------------------------------------------------------------------------------------
 // 10  Training
+
+// Bytes of memory that are free for use.
+static double free_memory(void)
+{
+    double kilobytes = 0;
+    char line[128];
+    FILE *f = fopen("/proc/meminfo", "r"); // Linux; elsewhere all there is
+    while (f && fgets(line, sizeof line, f))
+        if (!strncmp(line, "MemAvailable:", 13)) kilobytes = strtod(line + 13, NULL);
+    if (f && fclose(f)) kilobytes = 0;
+    if (kilobytes > 0) return 1024 * kilobytes;
+    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+}
+
+// Says what a command is about to allocate, for B sequences at once and a cache; refuses what the
+// machine does not have.
+static const char *memory_plan(const Config *c, int training, size_t B, size_t T, size_t cache)
+{
+    static char text[200];
+    Layout layout = layout_make(c);
+    double n = 1e-6 * (double)layout.elements, activations = 0, available = 1e-6 * free_memory();
+    if (B) { // of which the plan allocates none
+        Acts acts = acts_plan(c, B, T, training);
+        activations = 1e-6 * (double)acts.arena.used;
+        acts_free(&acts);
+    }
+    double weights = n * sizeof(real), gradients = training ? n * sizeof(accum) : 0;
+    double total = weights + 3 * gradients + activations + 1e-6 * (double)cache;
+    free(layout.tensor);
+    snprintf(text, sizeof text, "weights %.1f MB, gradients %.1f, optimizer %.1f, activations "
+             "%.1f, cache %.1f; %.1f of %.0f MB free", weights, gradients, 2 * gradients,
+             activations, 1e-6 * (double)cache, total, available);
+    if (total > available)
+        die(FAILED, "%.0f MB of memory are needed (%s); use a smaller --config, --batch or --seq",
+            total, text);
+    return text;
+}
 
 // The bytes of a text file, each a token.
 typedef struct {
@@ -3645,14 +3537,13 @@ typedef struct {
 static Data data_load(const char *path, const Config *c)
 {
     Data t;
-    if (!*path) die(BAD_INPUT, "--data FILE is missing: the text to read");
-    if (access(path, R_OK))
-        die(BAD_INPUT, "%s: cannot open: %s; --data names the text to read", path, strerror(errno));
-    t.bytes = read_file(path, &t.n, (size_t)1 << 40);
+    NEED(*path, "--data FILE is missing: the text to read");
+    NEED(!access(path, R_OK), "%s: cannot open: %s; --data names the text to read", path,
+         strerror(errno));
+    t.bytes = read_file(path, &t.n, (size_t)free_memory());
     for (size_t i = 0; i < t.n; i++)
-        if ((unsigned char)t.bytes[i] >= c->V)
-            die(BAD_INPUT, "%s: byte %zu is %d, outside the vocabulary of %zu", path, i,
-                (unsigned char)t.bytes[i], c->V);
+        NEED((unsigned char)t.bytes[i] < c->V, "%s: byte %zu is %d, outside the vocabulary of %zu",
+             path, i, (unsigned char)t.bytes[i], c->V);
     return t;
 }
 
@@ -3699,15 +3590,7 @@ static double schedule(const Options *o, size_t step)
     return o->min_lr + (1 - o->min_lr) * 0.5 * (1 + cos(3.141592653589793 * x));
 }
 
-static size_t gcd(size_t a, size_t b)
-{
-    while (b) {
-        size_t r = a % b;
-        a = b;
-        b = r;
-    }
-    return a;
-}
+static size_t gcd(size_t a, size_t b) { return b ? gcd(b, a % b) : a; }
 
 // Start of the i-th training window: each pass over the text takes all its windows of T tokens
 // once, in an order and at an offset of its own.
@@ -3728,11 +3611,11 @@ static double worst_load(const Model *m, const Optimizer *o)
     int *load = (int *)host_alloc(n, sizeof(int));
     double worst = 1;
     to_host(load, o->load, n * sizeof(int));
-    for (size_t l = 0; l < layers(&m->config); l++) {
+    for (size_t l = 0; l < n; l += E) {
         double sum = 0, most = 0;
         for (size_t e = 0; e < E; e++) {
-            sum += load[(size_t)l * E + e];
-            most = fmax(most, load[(size_t)l * E + e]);
+            sum += load[l + e];
+            most = fmax(most, load[l + e]);
         }
         if (sum > 0) worst = fmax(worst, most * (double)E / sum);
     }
@@ -3754,10 +3637,10 @@ static void print_token(int token)
 
 static Generation sample(const Model *m, const Options *o, const char *prompt, int speculate)
 {
-    size_t n = strlen(prompt), length = n + o->tokens;
+    size_t n = strlen(prompt);
     Sampler s = {o->temperature, (int)min_size(o->top_k, m->config.V), o->top_p, o->seed};
     Decoder d = SAMPLE_DECODER(decoder_make, m, n, o->tokens);
-    int *tokens = (int *)host_alloc(length + 2, sizeof(int));
+    int *tokens = (int *)host_alloc(n + o->tokens + 2, sizeof(int));
     tokens_copy(tokens, prompt, n);
     for (size_t i = 0; i < n; i++) print_token(tokens[i]);
     Generation g = generate(&d, &s, tokens, n, o->tokens, speculate, print_token);
@@ -3789,80 +3672,12 @@ static Model model_from_options(const Options *o, const Config *c, int training)
     return m;
 }
 
-// Bytes of memory that are free for use.
-static double free_memory(void)
-{
-    double kilobytes = 0;
-    char line[128];
-    FILE *f = fopen("/proc/meminfo", "r"); // Linux; elsewhere all there is
-    while (f && fgets(line, sizeof line, f))
-        if (!strncmp(line, "MemAvailable:", 13)) kilobytes = strtod(line + 13, NULL);
-    if (f && fclose(f)) kilobytes = 0;
-    if (kilobytes > 0) return 1024 * kilobytes;
-    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-}
-
-// What a command is about to allocate, in bytes.
-typedef struct {
-    double weights, gradients, optimizer, activations, cache;
-} Memory;
-
-static double memory_total(const Memory *m)
-{
-    return m->weights + m->gradients + m->optimizer + m->activations + m->cache;
-}
-
-// Refuses what the machine does not have, before it is asked for.
-static Memory memory_plan(const Config *c, int training, size_t activations, size_t cache)
-{
-    Layout layout = layout_make(c);
-    double n = (double)layout.elements, grads = training ? n * sizeof(accum) : 0;
-    Memory m = {n * sizeof(real), grads, 2 * grads, (double)activations, (double)cache};
-    double total = memory_total(&m), available = free_memory();
-    free(layout.tensor);
-    if (total > available)
-        die(FAILED, "%.0f MB of memory are needed (weights %.0f, gradients and optimizer %.0f, "
-            "activations and cache %.0f) and %.0f are free; use a smaller --config, --batch or "
-            "--seq", total * 1e-6, m.weights * 1e-6, 3 * grads * 1e-6,
-            (m.activations + m.cache) * 1e-6, available * 1e-6);
-    return m;
-}
-
-static void memory_print(FILE *to, const Memory *m)
-{
-    fprintf(to, "memory: weights %.1f MB, gradients %.1f, optimizer %.1f, activations %.1f, "
-            "cache %.1f; %.1f of %.0f MB free\n", m->weights * 1e-6, m->gradients * 1e-6,
-            m->optimizer * 1e-6, m->activations * 1e-6, m->cache * 1e-6, memory_total(m) * 1e-6,
-            free_memory() * 1e-6);
-}
-
 static size_t sequence_length(const Options *o, const Config *c)
 {
-    size_t T = o->seq ? o->seq : c->Tmax;
-    if (T > c->Tmax)
-        die(BAD_INPUT, "--seq is %zu; the model's max_position_embeddings is %zu", T, c->Tmax);
-    return T;
+    NEED(o->seq <= c->Tmax, "--seq is %zu; the model's max_position_embeddings is %zu", o->seq,
+         c->Tmax);
+    return o->seq ? o->seq : c->Tmax;
 }
-
-static void print_duration(double s)
-{
-    if (s < 60) printf("%.0fs", s);
-    else printf("%.0fm%02.0fs", floor(s / 60), floor(fmod(s, 60)));
-}
-
-// A run of training.
-typedef struct {
-    Data text;
-    size_t n_train;           // bytes of it that train; the rest validates
-    size_t B, T;
-    int *tokens;              // [B, T + 1]
-    size_t step;              // steps done
-    size_t saved;             // step of the last save, 0: none
-    double val_loss;          // of the last validation, NAN before
-    double train_loss;        // running mean
-    double start;             // time at which this program began, having done first_step
-    size_t first_step;
-} Run;
 
 static Recipe recipe_make(const Options *o, int muon, double lr, double adam_lr, double bias_speed)
 {
@@ -3870,6 +3685,20 @@ static Recipe recipe_make(const Options *o, int muon, double lr, double adam_lr,
                 bias_speed};
     return r;
 }
+
+// A run of training.
+typedef struct {
+    Data text;
+    size_t n_train, n_val; // bytes of it that train, and that validate
+    size_t B, T;
+    int *tokens;           // [B, T + 1]
+    size_t step;           // steps done
+    size_t saved;          // step of the last save, 0: none
+    double val_loss;       // of the last validation, NAN before
+    double train_loss;     // running mean
+    double start;          // time at which this program began, having done first_step
+    size_t first_step;
+} Run;
 
 static Run run_make(const Options *o, const Config *c)
 {
@@ -3880,16 +3709,16 @@ static Run run_make(const Options *o, const Config *c)
     r.T = sequence_length(o, c);
     r.val_loss = r.train_loss = NAN;
     r.start = now();
-    if (o->steps == 0 || r.B == 0 || o->accumulate == 0)
-        die(BAD_INPUT, "--steps, --batch and --accumulate must be at least 1");
-    if (strcmp(o->optimizer, "muon") && strcmp(o->optimizer, "adamw"))
-        die(BAD_INPUT, "--optimizer is %s; it must be muon or adamw", o->optimizer);
-    if (o->val_share >= 1) die(BAD_INPUT, "--val-share is %g; it must be below 1", o->val_share);
+    NEED(o->steps && r.B && o->accumulate, "--steps, --batch and --accumulate must be at least 1");
+    NEED(!strcmp(o->optimizer, "muon") || !strcmp(o->optimizer, "adamw"),
+         "--optimizer is %s; it must be muon or adamw", o->optimizer);
+    NEED(is_utf8(o->data), "--data %s: a name that is not UTF-8 cannot be saved", o->data);
+    NEED(o->val_share < 1, "--val-share is %g; it must be below 1", o->val_share);
     r.n_train = (size_t)((double)r.text.n * (1 - o->val_share));
-    if (r.n_train < r.T + 1 || (o->val_share > 0 && r.text.n - r.n_train < 2))
-        die(BAD_INPUT, "%s: too short: of %zu bytes %zu are left to train on and %zu to validate; "
-            "%zu and 2 are needed, or a smaller --seq", o->data, r.text.n, r.n_train,
-            r.text.n - r.n_train, r.T + 1);
+    r.n_val = r.text.n - r.n_train;
+    NEED(r.n_train > r.T && (o->val_share == 0 || r.n_val >= 2),
+         "%s: too short: of %zu bytes %zu are left to train on and %zu to validate; %zu and 2 are "
+         "needed, or a smaller --seq", o->data, r.text.n, r.n_train, r.n_val, r.T + 1);
     return r;
 }
 
@@ -3906,68 +3735,52 @@ static const char state_name[] = "optimizer.safetensors";
 // so that a run killed at any instant finds the old state or the new one.
 static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *opt, FILE *log)
 {
-    size_t n = 3 * count_entries(&m->layout), length = 1024;
-    char room[32];
     size_t elements = m->layout.elements;
+    Path path = path_join(o->out, state_name);
     if (!isfinite(sum_squares(m->weights, elements) + sum_squares(opt->m, elements) +
                   sum_squares(opt->v, elements)))
         die(FAILED, "step %zu: the weights are no longer finite; %s still has step %zu; try a "
             "smaller --lr", r->step, o->out, r->saved);
-#define OPTION_LENGTH(commands, type, field, ...) \
-    length += 64 + 6 * strlen(show_##type(room, o->field));
-    OPTIONS(OPTION_LENGTH)
-    char *metadata = (char *)host_alloc(length, 1), *end = metadata;
-#define ADD_OPTION(commands, type, field, name, ...) \
-    if ((commands) & SAVED) { \
-        end += sprintf(end, ",\"--%s\":\"", name); \
-        end = json_escape(end, show_##type(room, o->field)); \
-        *end++ = '"'; \
-    }
-    OPTIONS(ADD_OPTION)
-    sprintf(end, ",\"step\":\"%zu\",\"optimizer_step\":\"%ld\",\"train_loss\":\"%.17g\","
-            "\"val_loss\":\"%.17g\",\"text_hash\":\"%016llx\"", r->step, opt->step,
-            r->train_loss, r->val_loss, (unsigned long long)data_hash(&r->text));
-    Entry *entry = (Entry *)host_alloc(n, sizeof(Entry));
-    Entry *next = entries_add(entry, &m->layout, "", m->weights);
-    next = entries_add(next, &m->layout, "m.", opt->m);
-    entries_add(next, &m->layout, "v.", opt->v);
     if (fflush(log) || fsync(fileno(log)))
         die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
-    char *path = path_join(o->out, state_name);
     model_save(m, o->out);
-    safetensors_save(path, metadata, entry, n);
-    free(path);
+    Output out = safetensors_open(path.text);
+#define SAVE_OPTION(commands, type, field, name, ...) \
+    if ((commands) & SAVED) { \
+        fprintf(out.f, ",\"--%s\":\"", name); \
+        json_print(out.f, o->field##_text); \
+        fputc('"', out.f); \
+    }
+    OPTIONS(SAVE_OPTION)
+    fprintf(out.f, ",\"step\":\"%zu\",\"optimizer_step\":\"%ld\",\"train_loss\":\"%.17g\","
+            "\"val_loss\":\"%.17g\",\"text_hash\":\"%016llx\"", r->step, opt->step, r->train_loss,
+            r->val_loss, (unsigned long long)data_hash(&r->text));
+    Entry *entry = (Entry *)host_alloc(3 * count_entries(&m->layout), sizeof(Entry));
+    Entry *end = entries_add(entry, &m->layout, "", m->weights);
+    end = entries_add(end, &m->layout, "m.", opt->m);
+    end = entries_add(end, &m->layout, "v.", opt->v);
+    safetensors_close(&out, entry, (size_t)(end - entry));
     r->saved = r->step;
     free(entry);
-    free(metadata);
 }
 
 static const char *state_value(const Shard *s, const char *key)
 {
     const Json *metadata = json_get(s->header, "__metadata__");
-    const Json *value = metadata && metadata->type == JSON_OBJECT ? json_get(metadata, key) : NULL;
-    if (!value || value->type != JSON_STRING)
-        die(BAD_INPUT, "%s: is not the state of a run: has no %s", s->path, key);
+    const Json *value = metadata ? json_get(metadata, key) : NULL;
+    NEED(value && value->type == JSON_STRING, "%s: is not the state of a run: has no %s",
+         s->path.text, key);
     return value->string;
-}
-
-static double state_loss(const Shard *s, const char *key)
-{
-    const char *value = state_value(s, key);
-    char *end;
-    double x = strtod(value, &end); // may be nan: none yet
-    if (end == value || *end) die(BAD_INPUT, "%s: %s is not a number", s->path, key);
-    return x;
 }
 
 // Takes the options that a run was started with, and the directory it is in.
 static void options_from_state(Options *o, const char *directory)
 {
     static Shard s; // stays open, as the options point into it
-    s = shard_open(directory, state_name);
+    s = shard_open(path_join(directory, state_name));
 #define TAKE_OPTION(commands, type, field, name, ...) \
     if ((commands) & SAVED) \
-        o->field = parse_##type(name, state_value(&s, "--" name));
+        o->field = parse_##type(name, o->field##_text = state_value(&s, "--" name));
     OPTIONS(TAKE_OPTION)
     o->model = o->resume = o->out = directory;
 }
@@ -3975,49 +3788,43 @@ static void options_from_state(Options *o, const char *directory)
 // Puts a saved run back: weights, optimizer, position.
 static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
 {
-    Shard *s = (Shard *)host_alloc(1, sizeof(Shard));
-    *s = shard_open(o->resume, state_name);
+    Checkpoint c = checkpoint_file(o->resume, state_name);
+    const Shard *s = c.shard;
     char hash[32];
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)data_hash(&r->text));
-    if (strcmp(hash, state_value(s, "text_hash")))
-        die(BAD_INPUT, "%s: is not the text that the run in %s began with", o->data, o->resume);
+    NEED(!strcmp(hash, state_value(s, "text_hash")),
+         "%s: is not the text that the run in %s began with", o->data, o->resume);
     r->step = r->first_step = r->saved = parse_Count("step", state_value(s, "step"));
     opt->step = (long)parse_Count("optimizer_step", state_value(s, "optimizer_step"));
-    r->train_loss = state_loss(s, "train_loss");
-    r->val_loss = state_loss(s, "val_loss");
-    Checkpoint c = checkpoint_list(o->resume, s, 1);
+    r->train_loss = strtod(state_value(s, "train_loss"), NULL); // nan: none yet
+    r->val_loss = strtod(state_value(s, "val_loss"), NULL);
     checkpoint_read(&c, &m->layout, "", m->weights);
     checkpoint_read(&c, &m->layout, "m.", opt->m);
     checkpoint_read(&c, &m->layout, "v.", opt->v);
     checkpoint_all_used(&c);
     checkpoint_close(&c);
-    if (r->step >= o->steps)
-        die(BAD_INPUT, "%s: the run has taken all its %zu steps; a larger --steps goes on",
-            o->resume, r->step);
+    NEED(r->step < o->steps, "%s: the run has taken all its %zu steps; a larger --steps goes on",
+         o->resume, r->step);
 }
 
 // Opens log.csv with the rows of the steps that are done, and nothing after them. They are gone if
 // another run began in the directory and was killed before it saved.
 static FILE *log_open(const Run *r, const Options *o)
 {
-    static const char head[] =
-        "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr\n";
-    char *path = path_join(o->out, "log.csv");
+    static const char head[] = "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr\n";
+    Path path = path_join(o->out, "log.csv");
+    size_t size, rows = 0;
+    char *old = NULL, *end = NULL;
     if (r->step > 0) {
-        size_t size, rows = 0;
-        char *from = path_join(o->resume, "log.csv");
-        char *old = read_file(from, &size, (size_t)1 << 40), *end = old;
+        end = old = read_file(path_join(o->resume, "log.csv").text, &size, SIZE_MAX - 1);
         while (rows <= r->step && (end = strchr(end, '\n'))) end++, rows++;
-        Output out = output_open(path);
-        output_write(&out, end ? old : head, end ? (size_t)(end - old) : sizeof head - 1);
-        output_close(&out);
-        free(from);
-        free(old);
     }
-    FILE *log = fopen(path, r->step > 0 ? "a" : "w");
-    if (!log || (r->step == 0 && fputs(head, log) < 0))
-        die(BAD_INPUT, "%s: cannot write: %s; choose another --out", path, strerror(errno));
-    free(path);
+    Output out = output_open(path.text);
+    output_write(&out, end ? old : head, end ? (size_t)(end - old) : sizeof head - 1);
+    output_close(&out);
+    FILE *log = fopen(path.text, "a");
+    NEED(log, "%s: cannot write: %s; choose another --out", path.text, strerror(errno));
+    free(old);
     return log;
 }
 
@@ -4032,18 +3839,18 @@ static void catch_signals(void)
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESETHAND | SA_RESTART; // once; and no write fails for it
-    if (sigaction(SIGINT, &action, NULL) || sigaction(SIGTERM, &action, NULL))
-        die(FAILED, "cannot catch signals: %s", strerror(errno));
+    NEED(!sigaction(SIGINT, &action, NULL) && !sigaction(SIGTERM, &action, NULL),
+         "cannot catch signals: %s", strerror(errno));
 }
 
 // Adds the gradients of a step's batches to the model's; returns their mean losses.
-static Losses run_batches(Run *r, const Options *o, size_t step, Model *m, Acts *a, Optimizer *opt)
+static Losses run_batches(Run *r, const Options *o, Model *m, Acts *a, Optimizer *opt)
 {
     Losses mean = {0, 0, 0, 0};
     double share = 1 / (double)o->accumulate;
     for (size_t k = 0; k < o->accumulate; k++) {
         for (size_t b = 0; b < r->B; b++) {
-            size_t i = (step * o->accumulate + k) * r->B + b;
+            size_t i = (r->step * o->accumulate + k) * r->B + b;
             size_t at = window_start(o->seed, i, r->n_train, r->T);
             tokens_copy(r->tokens + b * (r->T + 1), r->text.bytes + at, r->T + 1);
         }
@@ -4060,24 +3867,26 @@ static Losses run_batches(Run *r, const Options *o, size_t step, Model *m, Acts 
     return mean;
 }
 
+static void print_duration(double s)
+{
+    if (s < 60) printf("%.0fs", s);
+    else printf("%.0fm%02.0fs", floor(s / 60), floor(fmod(s, 60)));
+}
+
 // One line of how it goes: a bar and a line that stays in place on a terminal, else a line each.
 static void run_print(const Run *r, const Options *o, const Losses *s, double load, double norm,
                       double lr)
 {
-    size_t step = r->step;
-    double elapsed = now() - r->start, done = (double)(step - r->first_step);
-    double eta = elapsed / done * (double)(o->steps - step);
-    if (isatty(1)) {
-        int full = (int)(20 * step / o->steps);
-        printf("\r\033[K[%.*s%.*s] ", full, "####################", 20 - full,
-               "....................");
-    }
-    printf("step %zu/%zu loss %.4f val ", step, o->steps, r->train_loss);
+    double elapsed = now() - r->start, done = (double)(r->step - r->first_step);
+    int full = (int)(20 * r->step / o->steps);
+    if (isatty(1)) printf("\r\033[K[%.*s%.*s] ", full, "####################",
+                          20 - full, "....................");
+    printf("step %zu/%zu loss %.4f val ", r->step, o->steps, r->train_loss);
     if (isfinite(r->val_loss)) printf("%.4f", r->val_loss);
     else printf("-");
     printf(" mtp %.3f load %.2f norm %.2f lr %.2e %.0f tok/s eta ", s->mtp, load, norm, lr,
            done * (double)(o->accumulate * r->B * r->T) / elapsed);
-    print_duration(eta);
+    print_duration(elapsed / done * (double)(o->steps - r->step));
     if (!isatty(1)) putchar('\n');
     fflush(stdout);
 }
@@ -4086,15 +3895,11 @@ static void run_print(const Run *r, const Options *o, const Losses *s, double lo
 // by the other the directory would hold neither.
 static void prepare_directory(const Options *o, const Config *c)
 {
+    Path path = path_join(o->out, "config.json");
     make_directory(o->out);
-    char *path = path_join(o->out, "config.json");
-    if (!access(path, F_OK)) {
-        Config old = config_load(path);
-        if (memcmp(&old, c, sizeof old))
-            die(BAD_INPUT, "%s: holds a model of another shape; remove it or choose another --out",
-                o->out);
-    }
-    free(path);
+    Config old = access(path.text, F_OK) ? *c : config_load(path.text);
+    NEED(!memcmp(&old, c, sizeof old),
+         "%s: holds a model of another shape; remove it or choose another --out", o->out);
 }
 
 enum { BAD_STEPS = 5 }; // in a row that end a run
@@ -4104,9 +3909,7 @@ static int command_train(const Options *o)
     Config config = config_from_options(o);
     const Config *c = &config;
     Run r = run_make(o, c);
-    Acts plan = acts_plan(c, r.B, r.T, 1);
-    Memory memory = memory_plan(c, 1, plan.arena.used, 0);
-    acts_free(&plan);
+    const char *memory = memory_plan(c, 1, r.B, r.T, 0);
     r.tokens = (int *)host_alloc(r.B * (r.T + 1), sizeof(int));
     prepare_directory(o, c);
     Model m = *o->resume ? model_make(c, 1) : model_from_options(o, c, 1);
@@ -4114,20 +3917,17 @@ static int command_train(const Options *o)
     if (*o->resume) run_load(&r, o, &m, &opt);
     FILE *log = log_open(&r, o);
     Acts a = acts_make(c, r.B, r.T, 1);
-    size_t n_val = r.text.n - r.n_train, bad = 0;
-    int muon = !strcmp(o->optimizer, "muon");
+    int muon = !strcmp(o->optimizer, "muon"), last = 0, stop = 0, bad = 0;
     catch_signals();
-    memory_print(stdout, &memory);
-    printf("%zu parameters, %zu layers, %zu of %zu experts a token; %zu x %zu tokens a step, %s, "
-           "%d threads\n", parameters(&m.layout), c->L, c->K, c->E, r.B * o->accumulate, r.T,
-           o->optimizer, thread_count());
+    printf("memory: %s\n%zu parameters, %zu layers, %zu of %zu experts a token; %zu x %zu tokens a "
+           "step, %s, %d threads\n", memory, parameters(&m.layout), c->L, c->K, c->E,
+           r.B * o->accumulate, r.T, o->optimizer, thread_count());
     fflush(stdout);
-    int last = 0, stop = 0;
     while (!last && !stop) {
         double share = schedule(o, r.step), rate = o->lr * share;
         Recipe recipe = recipe_make(o, muon, rate, (muon ? o->adam_lr : o->lr) * share,
                                     o->bias_speed);
-        Losses s = run_batches(&r, o, r.step, &m, &a, &opt);
+        Losses s = run_batches(&r, o, &m, &a, &opt);
         double norm = grad_norm(&m), load = worst_load(&m, &opt);
         r.step++;
         if (isfinite(s.total) && isfinite(norm)) {
@@ -4144,12 +3944,12 @@ static int command_train(const Options *o)
         }
         last = r.step == o->steps;
         stop = stop_signal || (o->stop_after && r.step >= o->stop_after);
-        int validate = n_val && (last || (o->val_every && r.step % o->val_every == 0));
-        if (validate) // on a part while training, on all of it at the end
-            r.val_loss = text_loss(&m, r.text.bytes + r.n_train,
-                                   last ? n_val : min_size(n_val, 16 * 1024 + 1), r.T);
         fprintf(log, "%zu,%.6f,", r.step, s.main);
-        if (validate) fprintf(log, "%.6f", r.val_loss);
+        if (r.n_val && (last || (o->val_every && r.step % o->val_every == 0))) {
+            size_t n = last ? r.n_val : min_size(r.n_val, 16 * 1024 + 1); // all at the end
+            r.val_loss = text_loss(&m, r.text.bytes + r.n_train, n, r.T);
+            fprintf(log, "%.6f", r.val_loss);
+        }
         fprintf(log, ",%.6f,%.6f,%.4f,%.6f,%.8f\n", s.mtp, s.balance, load, norm, rate);
         if (isatty(1) || last || stop || (o->log_every && r.step % o->log_every == 0))
             run_print(&r, o, &s, load, norm, rate);
@@ -4157,13 +3957,13 @@ static int command_train(const Options *o)
             run_save(&r, o, &m, &opt, log);
     }
     printf(isatty(1) ? "\n\n" : "\n");
-    if (ferror(log) | fclose(log))
-        die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    int failed = ferror(log);
+    if (fclose(log) || failed) die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
     if (last) {
         if (o->tokens && c->V > '\n') sample(&m, o, "\n", 0);
-        if (n_val)
+        if (r.n_val)
             printf("\nvalidation loss %.4f over all %zu tokens of the validation split\n",
-                   r.val_loss, n_val - 1);
+                   r.val_loss, r.n_val - 1);
         printf("trained in ");
         print_duration(now() - r.start);
         printf("; the model is in %s\ntry ./moe sample --model %s --prompt \"ROMEO:\"\n", o->out,
@@ -4242,13 +4042,8 @@ static double flops_forward(const Config *c, size_t T, int mtp)
     return 2 * (weights + (double)(c->L + depths) * attention);
 }
 
-// Tables for people, or one JSON object with the same names as keys.
-typedef struct {
-    int json;
-    size_t rows, columns;
-    const char *column[3], *letters;
-    double value[3]; // of the last row
-} Report;
+// A row of a table: numbers, NAN where there is none, and what was published of them, else 0.
+typedef struct { const char *name; double value[3], published[3]; } Row;
 
 // What shows a number as 1.234G: the letters for 1, 1e3, 1e6 ...; or else as a share.
 static const char counts[] = " KMBT", units[] = " KMGTPEZY", percent[] = "%";
@@ -4264,314 +4059,291 @@ static const char *show_scaled(char *room, double x, const char *letters) // 32 
     return room;
 }
 
-static void report_section(Report *r, const char *name, const char *letters, const char *column0,
-                           const char *column1, const char *column2)
-{
-    r->letters = letters;
-    r->column[0] = column0, r->column[1] = column1, r->column[2] = column2;
-    r->columns = column2 ? 3 : 2;
-    if (r->json) {
-        printf("%s,\n  \"%s\": {", r->rows ? "}\n  }" : "", name);
-        r->rows = 0;
-        return;
-    }
-    printf("\n%-34s", name);
-    for (size_t i = 0; i < r->columns; i++) printf("%20s", r->column[i]);
-    printf("\n");
-}
-
-// A line under the heading, for people.
-#define NOTE(r, ...) ((r)->json ? 0 : (printf("  "), printf(__VA_ARGS__), printf("\n")))
-
-// Values under the columns, those that are not NAN.
-static void report_values(const Report *r, const char *indent, const char *name,
+static void print_numbers(int json, const char *before, const char *name, const char *columns,
                           const char *letters, const double *value)
 {
-    const char *comma = "";
     char room[32];
-    if (r->json) printf("\"%s\": {", name);
-    else printf("%s%-*s", indent, 34 - (int)strlen(indent), name);
-    for (size_t i = 0; i < r->columns; i++) {
-        if (!r->json) printf("%20s", show_scaled(room, value[i], letters));
-        else if (!isnan(value[i])) printf("%s\"%s\": %.15g", comma, r->column[i], value[i]);
-        if (!isnan(value[i])) comma = ", ";
+    const char *comma = "";
+    if (json) printf("%s\"%s\": {", before, name);
+    else printf("%s%-*s", before, 34 - (int)strlen(before), name);
+    for (int n; *columns; columns += n + (columns[n] == ' '), value++) {
+        n = (int)strcspn(columns, " ");
+        if (!json) printf("%20s", show_scaled(room, *value, letters));
+        else if (!isnan(*value)) printf("%s\"%.*s\": %.15g", comma, n, columns, *value);
+        if (!isnan(*value)) comma = ", ";
     }
-    if (!r->json) printf("\n");
+    if (!json) printf("\n");
 }
 
-static void report_row(Report *r, const char *name, double value0, double value1, double value2)
+// Prints a table and a note, for people, or a member of a JSON object with the same names as keys.
+static void print_table(int json, const char *name, const char *columns, const char *letters,
+                        const Row *row, size_t rows, const char *note, ...)
 {
-    r->value[0] = value0, r->value[1] = value1, r->value[2] = value2;
-    if (r->json) printf("%s\n    ", r->rows ? "}," : "");
-    r->rows++;
-    report_values(r, "  ", name, r->letters, r->value);
+    va_list args;
+    va_start(args, note);
+    printf(json ? ",\n  \"%s\": {" : "\n%-34s", name);
+    for (const char *c = columns; !json && *c; c += strcspn(c, " "), c += *c == ' ')
+        printf("%20.*s", (int)strcspn(c, " "), c);
+    if (!json) printf("\n  ");
+    if (!json) vprintf(note, args);
+    if (!json) printf("\n");
+    va_end(args);
+    for (size_t i = 0; i < rows; i++) {
+        double published[3], difference[3];
+        int any = 0;
+        for (size_t k = 0; k < 3; k++) {
+            published[k] = row[i].published[k] > 0 ? row[i].published[k] : NAN;
+            difference[k] = row[i].value[k] / published[k] - 1;
+            any |= row[i].published[k] > 0;
+        }
+        print_numbers(json, !json ? "  " : i ? "},\n    " : "\n    ", row[i].name, columns, letters,
+                      row[i].value);
+        if (!any) continue;
+        print_numbers(json, json ? ", " : "    ", "published", columns, letters, published);
+        print_numbers(json, json ? "}, " : "    ", "difference", columns, percent, difference);
+        if (json) printf("}");
+    }
+    if (json) printf("}\n  }");
+}
+#define ROWS(row) row, sizeof row / sizeof *row
+
+// A plan: `gpus` devices stand in `data` x `pipeline`, experts spread over `expert` of the `data`.
+typedef struct {
+    const Config *c;
+    int json;
+    double v3, moonlight; // 1 if it is that model, else 0
+    size_t gpu, gpus, data, expert, pipeline;
+    size_t B, T;          // at once in a device
+} Plan;
+
+static Plan plan_make(const Options *o, const Config *c)
+{
+    double trained = c->yarn_factor > 0 ? fmin(c->yarn_original, (double)c->Tmax) : (double)c->Tmax;
+    int v3 = is_preset(c, DEEPSEEK_V3);
+    Plan p = {c, o->json, (double)v3, (double)is_preset(c, MOONLIGHT), 0, o->gpus,
+              o->data_parallel, o->expert_parallel, o->pipeline, o->micro_batch,
+              o->context ? o->context : (size_t)trained};
+    while (p.gpu < GPUS && strcmp(o->gpu, gpus[p.gpu].name)) p.gpu++;
+    if (!p.pipeline) p.pipeline = v3 ? V3_PIPELINE : 1;
+    if (!p.expert) p.expert = v3 ? V3_EXPERT_PARALLEL : 1;
+    if (!p.gpus && p.data) p.gpus = p.data * p.pipeline;
+    if (!p.gpus) p.gpus = v3 ? (size_t)V3_GPUS : p.expert * p.pipeline;
+    if (!p.data) p.data = p.gpus / p.pipeline;
+    NEED(is_utf8(o->plan_config), "--config %s: the name is not UTF-8", o->plan_config);
+    NEED(p.gpu < GPUS, "--gpu is '%s'; it must be " GPU_NAMES, o->gpu);
+    NEED(p.pipeline <= layers(c), "--pipeline is %zu but there are only %zu layers, MTP's included",
+         p.pipeline, layers(c));
+    NEED(p.expert == 1 || (c->E && c->E % p.expert == 0), "--expert-parallel %zu does not divide "
+         "the %zu experts (n_routed_experts)", p.expert, c->E);
+    NEED(p.gpus % p.pipeline == 0, "--pipeline %zu does not divide --gpus %zu", p.pipeline, p.gpus);
+    NEED(p.gpus / p.pipeline == p.data, "--data-parallel %zu x --pipeline %zu is not --gpus %zu",
+         p.data, p.pipeline, p.gpus);
+    NEED(p.data % p.expert == 0, "--expert-parallel %zu does not divide --data-parallel %zu",
+         p.expert, p.data);
+    NEED(p.T <= c->Tmax, "--seq is %zu; the model's max_position_embeddings is %zu", p.T, c->Tmax);
+    NEED(p.B > 0 && p.B <= 1 << 20, "--batch is %zu; it must be 1 to %d", p.B, 1 << 20);
+    NEED(o->mfu >= 1e-6 && o->mfu <= 1, "--mfu is %g; it must be 1e-6 to 1", o->mfu);
+    NEED(o->budget <= 1e20, "--budget is %g; it must be at most 1e20 tokens", o->budget);
+    NEED(o->price <= 1e6, "--price is %g; it must be at most 1e6 dollars", o->price);
+    return p;
 }
 
-// What was published of the last row, and how far ours is from it.
-static void report_published(const Report *r, double value0, double value1, double value2)
+static double plan_parameters(const Plan *p) // returns the active ones
 {
-    double value[3] = {value0, value1, value2}, difference[3];
-    for (size_t i = 0; i < 3; i++) difference[i] = r->value[i] / value[i] - 1;
-    if (r->json) printf(", ");
-    report_values(r, "    ", "published", r->letters, value);
-    if (r->json) printf("}, ");
-    report_values(r, "    ", "difference", percent, difference);
-    if (r->json) printf("}");
-}
-
-static double report_parameters(Report *r, const Config *c) // returns the active ones
-{
+    const Config *c = p->c;
     Layout layout = layout_make(c);
-    double n[PARTS + 1][2] = {{0}}, main[2] = {0}; // total and active; [PARTS]: of MTP layers
+    double n[PARTS + 1][2] = {{0}}, sum[2] = {0}; // total and active; [PARTS]: of MTP layers
     const double *embedding = n[EMBEDDING_PART], *head = n[HEAD_PART], *mtp = n[PARTS];
     for (size_t i = 0; i < layout.tensors; i++) {
         const Tensor *t = &layout.tensor[i];
-        size_t p = t->layer >= (int)c->L ? PARTS : 0;
-        while (p < PARTS && strncmp(t->name, parts[p].prefix, strlen(parts[p].prefix))) p++;
-        n[p][0] += (double)tensor_size(t);
-        n[p][1] += active_size(c, t);
+        size_t k = t->layer >= (int)c->L ? PARTS : 0;
+        while (k < PARTS && strncmp(t->name, parts[k].prefix, strlen(parts[k].prefix))) k++;
+        n[k][0] += (double)tensor_size(t);
+        n[k][1] += active_size(c, t);
     }
     free(layout.tensor);
-    report_section(r, "parameters", counts, "total", "active", NULL);
-    NOTE(r, "active: met by one token, so %zu of %zu routed experts; the embedding copies one row",
-         c->K, c->E);
-    for (size_t p = 0; p < PARTS; p++) {
-        report_row(r, parts[p].name, n[p][0], n[p][1], NAN);
-        for (size_t i = 0; i < 2; i++) main[i] += n[p][i];
-    }
-    report_row(r, "main_model", main[0], main[1], NAN);
-    if (is_preset(c, DEEPSEEK_V3)) report_published(r, 671e9, 37e9, NAN);
-    report_row(r, "with_embedding_as_active", main[0], main[1] + embedding[0], NAN);
-    report_row(r, "without_embedding_and_head", main[0] - embedding[0] - head[0],
-               main[1] - head[1], NAN);
-    if (is_preset(c, MOONLIGHT)) report_published(r, 15.29e9, 2.24e9, NAN);
-    report_row(r, "MTP", mtp[0], mtp[1], NAN);
-    report_row(r, "all", main[0] + mtp[0], main[1] + mtp[1], NAN);
-    report_row(r, "all_with_MTP's_released_copies", // each depth's, of embedding and head
-               main[0] + mtp[0] + (double)c->D * (embedding[0] + head[0]), NAN, NAN);
-    if (is_preset(c, DEEPSEEK_V3)) report_published(r, 685e9, NAN, NAN);
-    return main[1];
+    for (size_t k = 0; k < 2 * PARTS; k++) sum[k % 2] += n[k / 2][k % 2];
+#define PART(k) {parts[k].name, {n[k][0], n[k][1]}, {0}}
+    const Row row[] = {
+        PART(0), PART(1), PART(2), PART(3), PART(4), PART(5), PART(6), PART(7),
+        {"main_model", {sum[0], sum[1]}, {p->v3 * 671e9, p->v3 * 37e9}},
+        {"with_embedding_as_active", {sum[0], sum[1] + embedding[0]}, {0}},
+        {"without_embedding_and_head", {sum[0] - embedding[0] - head[0], sum[1] - head[1]},
+         {p->moonlight * 15.29e9, p->moonlight * 2.24e9}},
+        {"MTP", {mtp[0], mtp[1]}, {0}},
+        {"all", {sum[0] + mtp[0], sum[1] + mtp[1]}, {0}},
+        {"all_with_MTP's_released_copies", // each depth's, of embedding and head
+         {sum[0] + mtp[0] + (double)c->D * (embedding[0] + head[0]), NAN}, {p->v3 * 685e9}},
+    };
+    print_table(p->json, "parameters", "total active", counts, ROWS(row), "active: met by one "
+                "token, so %zu of %zu routed experts; the embedding copies one row", c->K, c->E);
+    return sum[1];
 }
 
-static void report_flops(Report *r, const Config *c, size_t T)
+static void plan_flops(const Plan *p)
 {
-    static const char *const name[] = {"matrices", "attention", "main_model", "MTP", "all"};
-    double matrices = flops_forward(c, 0, 0), main = flops_forward(c, T, 0);
-    double all = flops_forward(c, T, 1);
-    double value[] = {matrices, main - matrices, main, all - main, all};
-    report_section(r, "flops_of_a_token", units, "forward", "backward", "both");
-    NOTE(r, "in a sequence of %zu; attention: its causal half", T);
-    for (size_t i = 0; i < 5; i++) {
-        report_row(r, name[i], value[i], 2 * value[i], 3 * value[i]);
-        if (value[i] == main && T == V3_CONTEXT && is_preset(c, DEEPSEEK_V3))
-            report_published(r, NAN, NAN, 250e9);
-    }
+    double matrices = flops_forward(p->c, 0, 0), sum = flops_forward(p->c, p->T, 0);
+    double all = flops_forward(p->c, p->T, 1);
+    Row row[] = {
+        {"matrices", {matrices}, {0}}, {"attention", {sum - matrices}, {0}},
+        {"main_model", {sum}, {0, 0, p->T == V3_CONTEXT ? p->v3 * 250e9 : 0}},
+        {"MTP", {all - sum}, {0}}, {"all", {all}, {0}},
+    };
+    for (Row *r = row; r < row + 5; r++) r->value[1] = 2 * *r->value, r->value[2] = 3 * *r->value;
+    print_table(p->json, "flops_of_a_token", "forward backward both", units, ROWS(row),
+                "in a sequence of %zu; attention: its causal half", p->T);
 }
 
-static void report_cache(Report *r, const Config *c)
+static void plan_cache(const Plan *p)
 {
+    const Config *c = p->c;
     double latent = 2 * (double)(c->Rkv + c->Dr), plain = 2 * (double)(c->NH * (c->Dn + c->Dv));
-    report_section(r, "cache_bytes_of_a_token", units, "a_layer", "all_layers", NULL);
-    NOTE(r, "bfloat16; plain: a key of Dn and a value of Dv numbers for each head, %.1f times as "
-         "much", plain / latent);
-    report_row(r, "latent_attention", latent, latent * (double)c->L, NAN);
-    if (is_preset(c, DEEPSEEK_V3)) report_published(r, NAN, 70.272e3, NAN);
-    report_row(r, "plain_attention", plain, plain * (double)c->L, NAN);
-}
-
-// `count` devices stand in `data` x `pipeline`, experts spread over `expert` of the `data`.
-typedef struct {
-    size_t gpu, count, data, expert, pipeline;
-} Cluster;
-
-static Cluster cluster_make(const Options *o, const Config *c)
-{
-    Cluster d = {0, o->gpus, o->data_parallel, o->expert_parallel, o->pipeline};
-    int v3 = is_preset(c, DEEPSEEK_V3);
-    char names[200] = "";
-    for (size_t i = 0, n = 0; i < GPUS; i++)
-        n += (size_t)snprintf(names + n, sizeof names - n, " %s", gpus[i].name);
-    while (d.gpu < GPUS && strcmp(o->gpu, gpus[d.gpu].name)) d.gpu++;
-    NEED(d.gpu < GPUS, "--gpu is '%s'; it must be one of%s", o->gpu, names);
-    if (!d.pipeline) d.pipeline = v3 ? V3_PIPELINE : 1;
-    if (!d.expert) d.expert = v3 ? V3_EXPERT_PARALLEL : 1;
-    NEED(d.pipeline <= layers(c), "--pipeline is %zu but there are only %zu layers, MTP's included",
-         d.pipeline, layers(c));
-    NEED(d.expert == 1 || (c->E && c->E % d.expert == 0), "--expert-parallel %zu does not divide "
-         "the %zu experts (n_routed_experts)", d.expert, c->E);
-    if (!d.count && d.data) d.count = d.data * d.pipeline;
-    if (!d.count) d.count = v3 ? (size_t)V3_GPUS : d.expert * d.pipeline;
-    NEED(d.count % d.pipeline == 0, "--pipeline %zu does not divide --gpus %zu", d.pipeline,
-         d.count);
-    if (!d.data) d.data = d.count / d.pipeline;
-    NEED(d.count / d.pipeline == d.data, "--data-parallel %zu x --pipeline %zu is not --gpus %zu",
-         d.data, d.pipeline, d.count);
-    NEED(d.data % d.expert == 0, "--expert-parallel %zu does not divide --data-parallel %zu",
-         d.expert, d.data);
-    return d;
-}
-
-// Stage that holds a tensor: layers in order, as evenly as they divide; the head is in the last.
-static size_t pipeline_stage(const Config *c, const Tensor *t, size_t stages)
-{
-    if (t->layer >= 0) return (size_t)t->layer * stages / layers(c);
-    return t->kind == EMBEDDING ? 0 : stages - 1;
+    const Row row[] = {
+        {"latent_attention", {latent, latent * (double)c->L}, {0, p->v3 * 70.272e3}},
+        {"plain_attention", {plain, plain * (double)c->L}, {0}},
+    };
+    print_table(p->json, "cache_bytes_of_a_token", "a_layer all_layers", units, ROWS(row),
+                "bfloat16; plain: a key of Dn and a value of Dv numbers for each head, %.1f times "
+                "as much", plain / latent);
 }
 
 // Bytes of activations in bfloat16: of every layer, kept for the backward pass, or of one alone.
-static double activation_bytes(const Config *c, size_t B, size_t T, int kept)
+static double activation_bytes(const Plan *p, int kept)
 {
-    Acts plan = acts_plan(c, B, T, kept);
+    Acts plan = acts_plan(p->c, p->B, p->T, kept);
     double bytes = 2.0 / sizeof(real) * (double)plan.arena.used;
     acts_free(&plan);
     return bytes;
 }
 
-static void report_memory(Report *r, const Config *c, const Cluster *d, size_t B, size_t T)
+static void plan_memory(const Plan *p)
 {
+    const Config *c = p->c;
     Layout layout = layout_make(c);
-    double held = 0, optimizer = 0, most = 0, has = 1e9 * gpus[d->gpu].gigabytes;
-    for (size_t stage = 0; stage < d->pipeline; stage++) {
+    double held = 0, optimizer = 0, most = 0, has = 1e9 * gpus[p->gpu].gigabytes;
+    for (size_t stage = 0; stage < p->pipeline; stage++) {
         double each = 0, experts = 0; // parameters that every device of the stage has, or some
         for (size_t i = 0; i < layout.tensors; i++) {
-            const Tensor *t = &layout.tensor[i];
-            if (pipeline_stage(c, t, d->pipeline) != stage) continue;
-            if (t->count > 1) experts += (double)tensor_size(t);
-            else each += (double)tensor_size(t);
+            const Tensor *t = &layout.tensor[i]; // layers in order, as evenly as they divide
+            size_t its = t->layer >= 0 ? (size_t)t->layer * p->pipeline / layers(c) :
+                         t->kind == EMBEDDING ? 0 : p->pipeline - 1;
+            if (its == stage) *(t->count > 1 ? &experts : &each) += (double)tensor_size(t);
         }
-        double here = each + experts / (double)d->expert;
-        double shared = 8 * (each + experts) / (double)d->data;
+        double here = each + experts / (double)p->expert;
+        double shared = 8 * (each + experts) / (double)p->data;
         if (6 * here + shared > most) held = here, optimizer = shared, most = 6 * here + shared;
     }
     free(layout.tensor);
     // The first stage has a batch under way for every stage: in all as much as the whole model's.
     // Recomputed, only the blocks' inputs are, and one layer's values and gradients.
-    double kept = activation_bytes(c, B, T, 1), layer = activation_bytes(c, B, T, 0);
-    double again = fmin(kept, 2 * (double)(layers(c) * c->C) * (double)(B * T) + 2 * layer);
-    report_section(r, "bytes_on_the_fullest_device", units, "activations_kept", "recomputed", NULL);
-    NOTE(r, "%zu %s: data %zu x pipeline %zu, experts over %zu; %zu x %zu tokens at once", d->count,
-         gpus[d->gpu].name, d->data, d->pipeline, d->expert, B, T);
-    NOTE(r, "weights bfloat16, gradients float; AdamW's float weights and bfloat16 moments, as "
-         "V3's, split\n  among data-parallel devices (ZeRO-1); activations bfloat16, all kept or "
-         "each block's input\n  alone; V3 recomputes a part and keeps a part in FP8");
-    report_row(r, "weights", 2 * held, 2 * held, NAN);
-    report_row(r, "gradients", 4 * held, 4 * held, NAN);
-    report_row(r, "optimizer", optimizer, optimizer, NAN);
-    report_row(r, "activations", kept, again, NAN);
-    report_row(r, "all", most + kept, most + again, NAN);
-    report_row(r, "device", has, has, NAN);
-    NOTE(r, "%-32s%20s%20s", "", most + kept <= has ? "fits" : "does not fit",
-         most + again <= has ? "fits" : "does not fit");
+    double kept = activation_bytes(p, 1), layer = activation_bytes(p, 0);
+    double again = fmin(kept, 2 * (double)(layers(c) * c->C) * (double)(p->B * p->T) + 2 * layer);
+    const Row row[] = {
+        {"weights", {2 * held, 2 * held}, {0}}, {"gradients", {4 * held, 4 * held}, {0}},
+        {"optimizer", {optimizer, optimizer}, {0}}, {"activations", {kept, again}, {0}},
+        {"all", {most + kept, most + again}, {0}}, {"device", {has, has}, {0}},
+    };
+    print_table(p->json, "bytes_on_the_fullest_device", "activations_kept recomputed", units,
+                ROWS(row), "%zu %s: data %zu x pipeline %zu, experts over %zu; %zu x %zu tokens at "
+                "once\n  weights bfloat16, gradients float; AdamW's float weights and bfloat16 "
+                "moments, as V3's, split\n  among data-parallel devices (ZeRO-1); activations "
+                "bfloat16, all kept or each block's input\n  alone; V3 recomputes a part and keeps "
+                "a part in FP8", p->gpus, gpus[p->gpu].name, p->data, p->pipeline, p->expert, p->B,
+                p->T);
+    if (!p->json) printf("  %-32s%20s%20s\n", "", most + kept <= has ? "fits" : "does not fit",
+                         most + again <= has ? "fits" : "does not fit");
 }
 
 // The speed of V3's pre-training: our count of its work in the published hours.
-static void report_v3_speed(Report *r, const Config *c)
+static void plan_v3_speed(const Plan *p)
 {
-    report_section(r, "V3_speed_of_a_GPU", units, "flops_of_a_token", "flops_a_second", "MFU");
-    NOTE(r, "14.8T tokens in the published 2,664K hours; MFU: of bfloat16's peak, %.0f TFLOP/s; "
-         "V3\n  computed in FP8, whose peak is twice that", gpus[H800].tflops);
-    for (int mtp = 0; mtp < 2; mtp++) {
-        double work = 3 * flops_forward(c, V3_CONTEXT, mtp);
-        double rate = work * V3_TOKENS / (3600 * V3_HOURS);
-        report_row(r, mtp ? "with_MTP" : "main_model", work, rate,
-                   rate / (1e12 * gpus[H800].tflops));
-        if (!mtp) report_published(r, 250e9, 385e12, 0.3894);
-    }
+    double rate = V3_TOKENS / (3600 * V3_HOURS), share = rate / (1e12 * gpus[H800].tflops);
+    double sum = 3 * flops_forward(p->c, V3_CONTEXT, 0);
+    double all = 3 * flops_forward(p->c, V3_CONTEXT, 1);
+    const Row row[] = {
+        {"main_model", {sum, sum * rate, sum * share}, {250e9, 385e12, 0.3894}},
+        {"with_MTP", {all, all * rate, all * share}, {0}},
+    };
+    print_table(p->json, "V3_speed_of_a_GPU", "flops_of_a_token flops_a_second MFU", units,
+                ROWS(row), "14.8T tokens in the published 2,664K hours; MFU: of bfloat16's peak, "
+                "%.0f TFLOP/s; V3\n  computed in FP8, whose peak is twice that", gpus[H800].tflops);
 }
 
 // The stages of V3 and R1. Hours are published but for R1's two runs of reinforcement learning:
 // these took 512 H800s 198 and 80 hours. All published dollars are published hours at $2.
-static void report_v3_cost(Report *r, double price)
+static void plan_v3_cost(const Plan *p, double price)
 {
-    static const struct { const char *name; double hours, published; } stage[] = {
-        {"V3_pre-training", V3_HOURS, 0}, {"V3_context_extension", 119e3, 0},
-        {"V3_post-training", 5e3, 0}, {"V3_in_all", V3_HOURS + 119e3 + 5e3, 2788e3},
-        {"R1-Zero", 512 * 198, 101e3}, {"R1_fine-tuning_data", 5e3, 0},
-        {"R1_reinforcement_learning", 512 * 80, 41e3},
-        {"R1_in_all", 512 * 198 + 5e3 + 512 * 80, 147e3},
+    Row row[] = {
+        {"V3_pre-training", {V3_HOURS}, {0}}, {"V3_context_extension", {119e3}, {0}},
+        {"V3_post-training", {5e3}, {0}}, {"V3_in_all", {V3_HOURS + 119e3 + 5e3}, {2788e3}},
+        {"R1-Zero", {512 * 198}, {101e3}}, {"R1_fine-tuning_data", {5e3}, {0}},
+        {"R1_reinforcement_learning", {512 * 80}, {41e3}},
+        {"R1_in_all", {512 * 198 + 5e3 + 512 * 80}, {147e3}},
     };
-    report_section(r, "V3_and_R1_at_this_price", counts, "GPU_hours", "dollars", NULL);
-    NOTE(r, "hours as published, but of both reinforcement learnings: 512 H800s for 198 and 80 h");
-    for (size_t i = 0; i < sizeof stage / sizeof *stage; i++) {
-        report_row(r, stage[i].name, stage[i].hours, stage[i].hours * price, NAN);
-        if (stage[i].published > 0)
-            report_published(r, stage[i].published, 2 * stage[i].published, NAN);
+    for (Row *r = row; r < row + sizeof row / sizeof *row; r++) {
+        r->value[1] = price * r->value[0];
+        r->published[1] = 2 * r->published[0];
     }
+    print_table(p->json, "V3_and_R1_at_this_price", "GPU_hours dollars", counts, ROWS(row),
+                "hours as published, but of both reinforcement learnings: 512 H800s for 198 and "
+                "80 h");
 }
 
 static int command_plan(const Options *o)
 {
     Config c = config_named(o->plan_config);
-    Cluster d = cluster_make(o, &c);
-    int v3 = is_preset(&c, DEEPSEEK_V3);
-    double trained = c.yarn_factor > 0 ? fmin(c.yarn_original, (double)c.Tmax) : (double)c.Tmax;
-    size_t T = o->context ? o->context : (size_t)trained, B = o->micro_batch;
-    Report r;
-    memset(&r, 0, sizeof r);
-    r.json = o->json;
-    NEED(T <= c.Tmax, "--seq is %zu; the model's max_position_embeddings is %zu", T, c.Tmax);
-    NEED(B > 0 && B <= 1 << 20, "--batch is %zu; it must be 1 to %d", B, 1 << 20);
-    NEED(o->mfu >= 1e-6 && o->mfu <= 1, "--mfu is %g; it must be 1e-6 to 1", o->mfu);
-    NEED(o->budget <= 1e20, "--budget is %g; it must be at most 1e20 tokens", o->budget);
-    NEED(o->price <= 1e6, "--price is %g; it must be at most 1e6 dollars", o->price);
-    activation_bytes(&c, B, T, 1); // sizes that cannot be are refused before anything is printed
-    double flops = 3 * flops_forward(&c, T, 1);
-    char *name = (char *)host_alloc(6 * strlen(o->plan_config) + 1, 1), tokens_text[32];
-    if (r.json) {
-        json_escape(name, o->plan_config);
-        printf("{\n  \"config\": \"%s\", \"seq\": %zu, \"batch\": %zu,\n  \"gpu\": \"%s\", "
-               "\"gpus\": %zu, \"data_parallel\": %zu, \"expert_parallel\": %zu, "
-               "\"pipeline\": %zu", name, T, B, gpus[d.gpu].name, d.count, d.data, d.expert,
-               d.pipeline);
+    Plan p = plan_make(o, &c);
+    char room[32];
+    activation_bytes(&p, 1); // sizes that cannot be are refused before anything is printed
+    if (p.json) {
+        printf("{\n  \"config\": \"");
+        json_print(stdout, o->plan_config);
+        printf("\", \"seq\": %zu, \"batch\": %zu,\n  \"gpu\": \"%s\", \"gpus\": %zu, "
+               "\"data_parallel\": %zu, \"expert_parallel\": %zu, \"pipeline\": %zu", p.T, p.B,
+               gpus[p.gpu].name, p.gpus, p.data, p.expert, p.pipeline);
     } else {
         printf("%s\n", o->plan_config);
     }
-    free(name);
-    double active = report_parameters(&r, &c);
-    double tokens = o->budget > 0 ? o->budget : v3 ? V3_TOKENS : 20 * active;
-    double hours = tokens * flops / (1e12 * gpus[d.gpu].tflops * o->mfu) / 3600;
-    report_flops(&r, &c, T);
-    report_cache(&r, &c);
-    report_memory(&r, &c, &d, B, T);
-    if (v3) report_v3_speed(&r, &c);
-    report_section(&r, "pre-training", counts, "GPU_hours", "days", "dollars");
-    NOTE(&r, "%s tokens on %zu %s at an assumed MFU of %g, $%g a GPU hour",
-         show_scaled(tokens_text, tokens, counts), d.count, gpus[d.gpu].name, o->mfu, o->price);
-    report_row(&r, "at_this_MFU", hours, hours / (double)d.count / 24, hours * o->price);
-    if (v3 && tokens == V3_TOKENS) report_published(&r, V3_HOURS, NAN, 5.328e6);
-    if (v3) report_v3_cost(&r, o->price);
-    if (r.json) printf("}\n  }\n}\n");
+    double active = plan_parameters(&p);
+    double tokens = o->budget > 0 ? o->budget : p.v3 ? V3_TOKENS : 20 * active;
+    double flops = 3 * flops_forward(&c, p.T, 1), rate = 1e12 * gpus[p.gpu].tflops * o->mfu;
+    double hours = tokens * flops / rate / 3600;
+    plan_flops(&p);
+    plan_cache(&p);
+    plan_memory(&p);
+    if (p.v3) plan_v3_speed(&p);
+    double known = tokens == V3_TOKENS ? p.v3 : 0;
+    const Row row[] = {{"at_this_MFU", {hours, hours / (double)p.gpus / 24, hours * o->price},
+                        {known * V3_HOURS, 0, known * 5.328e6}}};
+    print_table(p.json, "pre-training", "GPU_hours days dollars", counts, ROWS(row),
+                "%s tokens on %zu %s at an assumed MFU of %g, $%g a GPU hour",
+                show_scaled(room, tokens, counts), p.gpus, gpus[p.gpu].name, o->mfu, o->price);
+    if (p.v3) plan_v3_cost(&p, o->price);
+    if (p.json) printf("\n}\n");
     return 0;
 }
 
 // ------------------------------------------------------------------------------------------------
 // 12  Commands
 
-static void need_model(const Options *o)
-{
-    if (!*o->model) die(BAD_INPUT, "--model DIR is missing: the directory of a trained model");
-}
-
 static int command_sample(const Options *o)
 {
-    need_model(o);
     Model shape;
     memset(&shape, 0, sizeof shape);
     shape.config = directory_config(o->model);
-    if (!*o->prompt) die(BAD_INPUT, "--prompt is empty; it needs at least one character");
-    if (o->speculate && !shape.config.D)
-        die(BAD_INPUT, "%s: has no multi-token prediction layer, which --speculate needs; train "
-            "--config laptop-mtp has one", o->model);
+    const Config *c = &shape.config;
+    NEED(*o->prompt, "--prompt is empty; it needs at least one character");
+    NEED(!o->speculate || c->D, "%s: has no multi-token prediction layer, which --speculate needs; "
+         "train --config laptop-mtp has one", o->model);
     for (const char *p = o->prompt; *p; p++)
-        if ((unsigned char)*p >= shape.config.V)
-            die(BAD_INPUT, "--prompt: byte %d is outside the vocabulary of %zu", (unsigned char)*p,
-                shape.config.V);
+        NEED((unsigned char)*p < c->V, "--prompt: byte %d is outside the vocabulary of %zu",
+             (unsigned char)*p, c->V);
     Decoder plan = SAMPLE_DECODER(decoder_plan, &shape, strlen(o->prompt), o->tokens);
-    size_t angles = size_mul(2 * plan.positions, shape.config.Dr * sizeof(accum));
-    Memory memory = memory_plan(&shape.config, 0, 0, plan.arena.used + angles);
+    size_t angles = size_mul(2 * plan.positions, c->Dr * sizeof(accum));
+    const char *memory = memory_plan(c, 0, 0, 0, plan.arena.used + angles);
     decoder_free(&plan);
     Model m = model_load(o->model, 0);
-    memory_print(stderr, &memory);
+    fprintf(stderr, "memory: %s\n", memory);
     Generation g = sample(&m, o, o->prompt, o->speculate);
     fprintf(stderr, "%zu tokens, %.0f tokens/s", g.generated,
             g.generated > 1 ? (double)(g.generated - 1) / g.seconds : 0);
@@ -4585,51 +4357,39 @@ static int command_sample(const Options *o)
 
 static int command_eval(const Options *o)
 {
-    need_model(o);
     Config c = directory_config(o->model);
     Data text = data_load(o->data, &c);
-    if (text.n < 2)
-        die(BAD_INPUT, "%s: has %zu bytes; 2 are needed to predict one", o->data, text.n);
+    NEED(text.n >= 2, "%s: has %zu bytes; 2 are needed to predict one", o->data, text.n);
     size_t T = min_size(sequence_length(o, &c), text.n - 1);
-    Acts plan = acts_plan(&c, min_size(EVAL_ROWS(T), (text.n - 1) / T), T, 0);
-    Memory memory = memory_plan(&c, 0, plan.arena.used, 0);
-    acts_free(&plan);
+    const char *memory = memory_plan(&c, 0, min_size(EVAL_ROWS(T), (text.n - 1) / T), T, 0);
     Model m = model_load(o->model, 0);
-    memory_print(stderr, &memory);
+    fprintf(stderr, "memory: %s\n", memory);
     printf("loss %.7f tokens %zu\n", text_loss(&m, text.bytes, text.n, T), text.n - 1);
     free(text.bytes);
     model_free(&m);
     return 0;
 }
 
-static void losses_print(const Losses *s, double norm)
-{
-    printf("loss %.9g main %.9g mtp %.9g balance %.9g grad_norm %.9g\n", s->total, s->main, s->mtp,
-           s->balance, norm);
-}
-
 // Writes logits, losses and every gradient to path, under the names of the tensors.
 static void check_dump(const Model *m, const Acts *a, const Losses *s, const char *path)
 {
-    Entry *grads = (Entry *)host_alloc(count_entries(&m->layout), sizeof(Entry));
-    Entry *end = entries_add(grads, &m->layout, "grad.", m->grads);
-    Entry *entry = (Entry *)host_alloc((size_t)(end - grads) + 5, sizeof(Entry));
-    accum *losses = (accum *)device_alloc(4 * sizeof(accum));
-    accum values[4] = {(accum)s->total, (accum)s->main, (accum)s->mtp, (accum)s->balance};
-    const char *const names[4] = {"loss", "loss.main", "loss.mtp", "loss.balance"};
-    to_device(losses, values, sizeof values);
-    size_t count = 1;
+    static const char *const names[4] = {"loss", "loss.main", "loss.mtp", "loss.balance"};
+    const accum values[4] = {(accum)s->total, (accum)s->main, (accum)s->mtp, (accum)s->balance};
+    accum *losses = (accum *)device_alloc(sizeof values);
+    Entry *entry = (Entry *)host_alloc(count_entries(&m->layout) + 5, sizeof(Entry));
     Entry logits = {"logits", {a->B, a->T, m->config.V}, 3, a->layer[m->config.L - 1].logits};
+    to_device(losses, values, sizeof values);
     entry[0] = logits;
-    for (size_t i = 0; i < 4; i++, count++) {
-        snprintf(entry[count].name, sizeof entry[count].name, "%s", names[i]);
-        entry[count].shape[0] = entry[count].dims = 1;
-        entry[count].data = losses + i;
+    for (size_t i = 0; i < 4; i++) {
+        Entry loss = {"", {1}, 1, losses + i};
+        entry[1 + i] = loss;
+        strcpy(entry[1 + i].name, names[i]);
     }
-    for (Entry *e = grads; e < end; e++)
-        if (!strstr(e->name, "e_score_correction_bias")) entry[count++] = *e;
-    safetensors_save(path, "", entry, count);
-    free(grads);
+    Entry *end = entries_add(entry + 5, &m->layout, "grad.", m->grads), *kept = entry + 5;
+    for (const Entry *e = kept; e < end; e++)
+        if (!strstr(e->name, "e_score_correction_bias")) *kept++ = *e;
+    Output o = safetensors_open(path);
+    safetensors_close(&o, entry, (size_t)(kept - entry));
     free(entry);
     device_free(losses);
 }
@@ -4639,15 +4399,12 @@ static int command_check(const Options *o)
     Config c = config_from_options(o);
     size_t T = sequence_length(o, &c), B = o->batch;
     Data text = data_load(o->data, &c);
-    if (B == 0) die(BAD_INPUT, "--batch must be at least 1");
-    if (text.n < size_mul(B, T + 1))
-        die(BAD_INPUT, "%s: has %zu bytes; --batch %zu --seq %zu takes %zu", o->data, text.n, B, T,
-            B * (T + 1));
+    NEED(B > 0, "--batch must be at least 1");
+    NEED(text.n >= size_mul(B, T + 1), "%s: has %zu bytes; --batch %zu --seq %zu takes %zu",
+         o->data, text.n, B, T, B * (T + 1));
     int *tokens = (int *)host_alloc(B * (T + 1), sizeof(int));
     tokens_copy(tokens, text.bytes, B * (T + 1));
-    Acts plan = acts_plan(&c, B, T, 1);
-    memory_plan(&c, 1, plan.arena.used, 0);
-    acts_free(&plan);
+    memory_plan(&c, 1, B, T, 0);
     Model m = model_from_options(o, &c, 1);
     Acts a = acts_make(&m.config, B, T, 1);
     Optimizer opt = optimizer_make(&m);
@@ -4661,10 +4418,10 @@ static int command_check(const Options *o)
         double norm = grad_norm(&m);
         if (!isfinite(s.total) || !isfinite(norm))
             die(FAILED, "the loss is %g and the gradient's norm %g", s.total, norm);
-        if (step == 0) {
-            losses_print(&s, norm);
-            if (*o->dump) check_dump(&m, &a, &s, o->dump);
-        }
+        if (step == 0)
+            printf("loss %.9g main %.9g mtp %.9g balance %.9g grad_norm %.9g\n", s.total, s.main,
+                   s.mtp, s.balance, norm);
+        if (step == 0 && *o->dump) check_dump(&m, &a, &s, o->dump);
         if (step == o->check_steps) break;
         printf("step %zu loss %.9g grad_norm %.9g\n", step + 1, s.total, norm);
         optimizer_step(&opt, &m, &recipe, norm);
@@ -4705,11 +4462,8 @@ static void print_help(const Command *command)
     printf("usage: moe %s [--option value ...]: %s\n\n", command->name, command->what);
 #define HELP(commands, type, field, name, standard, takes, what) \
     if ((commands) & command->bit) { \
-        char left[40]; \
-        snprintf(left, sizeof left, "--%s %s", name, takes); \
-        printf("  %-22s %s", left, what); \
-        if (*standard && *standard != '\n') printf(" (default %s)", standard); \
-        printf("\n"); \
+        printf("  --%s %-*s %s", name, 19 - (int)strlen(name), takes, what); \
+        printf(*standard && *standard != '\n' ? " (default %s)\n" : "%.0s\n", standard); \
     }
     OPTIONS(HELP)
 }
@@ -4717,28 +4471,27 @@ static void print_help(const Command *command)
 static Options parse_options(const Command *command, int argc, char **argv)
 {
     Options o;
-#define DEFAULT(commands, type, field, name, standard, ...) o.field = parse_##type(name, standard);
+#define DEFAULT(commands, type, field, name, standard, ...) \
+    o.field = parse_##type(name, o.field##_text = standard);
     OPTIONS(DEFAULT)
     for (int i = 2; i + 1 < argc && command->bit == TRAIN; i++)
         if (!strcmp(argv[i], "--resume")) options_from_state(&o, argv[i + 1]);
     for (int i = 2; i < argc; i++) {
         const char *is = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
-        int known = 0, is_flag = 0;
+        int words = 0;
         if (!strcmp(is, "--help")) {
             print_help(command);
             exit(0);
         }
 #define PARSE(commands, type, field, name, standard, takes, ...) \
         if (((commands) & command->bit) && !strcmp(is, "--" name)) { \
-            known = 1; \
-            is_flag = !*takes; \
-            if (!is_flag && !value) die(BAD_INPUT, "--" name " needs a value: " takes); \
-            o.field = parse_##type(name, is_flag ? "yes" : value); \
+            words = *takes ? 2 : 1; \
+            NEED(words == 1 || value, "--" name " needs a value: " takes); \
+            o.field = parse_##type(name, o.field##_text = words == 1 ? "yes" : value); \
         }
         OPTIONS(PARSE)
-        if (!known)
-            die(BAD_INPUT, "unknown option %s; moe %s --help lists them", is, command->name);
-        i += !is_flag;
+        NEED(words, "unknown option %s; moe %s --help lists them", is, command->name);
+        i += words - 1;
     }
     return o;
 }

@@ -73,26 +73,21 @@ static char directory[64] = "/tmp/moe_fuzz.XXXXXX";
 
 static void clean_up(void)
 {
-    for (size_t i = 0; i < 5; i++) {
-        char *path = path_join(directory, names[i]);
-        remove(path);
-        free(path);
-    }
+    for (size_t i = 0; i < 5; i++) remove(path_join(directory, names[i]).text);
     rmdir(directory);
 }
 
 static void write_file(const char *name, const uint8_t *data, size_t size, int shard)
 {
-    char *path = path_join(directory, name);
+    Path path = path_join(directory, name);
     const uint8_t *line = size ? (const uint8_t *)memchr(data, '\n', size) : NULL;
-    FILE *f = fopen(path, "wb");
+    FILE *f = fopen(path.text, "wb");
     if (!f) abort();
     if (shard && line && *data == '{') {
         uint64_t length = (uint64_t)(line - data) + 1;
         if (fwrite(&length, 8, 1, f) != 1) abort();
     }
     if (fwrite(data, 1, size, f) != size || fclose(f)) abort();
-    free(path);
 }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv)
@@ -117,11 +112,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             i += 3;
         }
     write_file(names[0], part[0], length[0], 0);
-    for (size_t i = 1; i < 5; i++) {
-        char *path = path_join(directory, names[i]);
-        remove(path);
-        free(path);
-    }
+    for (size_t i = 1; i < 5; i++) remove(path_join(directory, names[i]).text);
     if (length[1]) {
         write_file("model.safetensors.index.json", part[1], length[1], 0);
         write_file("a", part[2], length[2], 1);
