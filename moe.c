@@ -26,9 +26,10 @@ Papers, cited below as [V2] arXiv:2405.04434, [V3] arXiv:2412.19437, [YaRN] arXi
      9  Options                the one table of the command line
     10  Training               data, schedule, progress
     11  Planning               parameters, work, memory, time, cost               [V3] 4.2
-    12  Commands
+    12  Benchmark              the machine's limits and how near we come
+    13  Commands
 
-Sections 5 to 12 never mention a device: they call operations and move memory with device_*().
+Sections 5 to 13 never mention a device: they call operations and move memory with device_*().
 A pointer's comment gives its shape, rows first. An operation's outputs come before its inputs.
 */
 #define _POSIX_C_SOURCE 200809L
@@ -126,57 +127,6 @@ static double now(void) // seconds
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
-
-// What `moe bench` learns of the operations. METER, first in an operation, counts its time until it
-// returns, less that of operations it calls, and its work: the useful floating-point operations, and
-// the bytes that must move at least, each number once.
-typedef struct Meter {
-    const char *name;
-    size_t calls;
-    double seconds, flops, bytes;
-} Meter;
-
-static struct {
-    int on;
-    size_t count;
-    Meter meter[64];
-    double inner; // seconds of the operations that returned since the one at work began
-} bench;
-
-typedef struct {
-    Meter *meter; // NULL: not counted
-    double start, inner;
-} Timer;
-
-static Timer meter_start(const char *name, double flops, double bytes)
-{
-    Timer t = {NULL, 0, 0};
-    if (!bench.on) return t;
-    size_t i = 0;
-    while (i < bench.count && strcmp(bench.meter[i].name, name)) i++;
-    t.meter = &bench.meter[i];
-    if (i == bench.count) bench.count++, t.meter->name = name;
-    t.meter->calls++;
-    t.meter->flops += flops;
-    t.meter->bytes += bytes;
-    t.inner = bench.inner;
-    bench.inner = 0;
-    t.start = now();
-    return t;
-}
-
-static void meter_stop(Timer *t)
-{
-    if (!t->meter) return;
-    double seconds = now() - t->start;
-    t->meter->seconds += seconds - bench.inner;
-    bench.inner = t->inner + seconds;
-}
-
-#define METER(name, flops, bytes) \
-    Timer timer __attribute__((cleanup(meter_stop))) = \
-        meter_start(name, (double)(flops), (double)(bytes)); \
-    (void)timer
 
 // Random numbers are a hash of (seed, stream, counter): nothing to save but the counter, and the
 // numbers do not depend on who asks first. The finaliser is SplitMix64's.
@@ -481,11 +431,67 @@ static void tensor_name(char name[NAME_MAX_LENGTH], const char *prefix, const Te
 // A gradient has the shape of what it is the gradient of. Gradients of weights are added to, those
 // of activations set unless a mode says ADD.
 
+// What `moe bench` learns of the operations. METER, first in an operation, counts its time until it
+// returns, less that of operations it calls, and its work: useful floating-point operations, and
+// the bytes that must move at least, every number once.
+typedef struct {
+    const char *name;
+    size_t calls;
+    double seconds, flops, bytes;
+} Meter;
+
+enum { METERS = 64 };
+static struct {
+    int on;
+    size_t count;
+    Meter meter[METERS];
+    double inner; // seconds of operations that returned since the one at work began
+} metered;
+
+typedef struct {
+    Meter *meter; // NULL: not counted
+    double start, inner;
+} Timer;
+
+static void device_finish(void); // waits for operations under way
+
+static Timer meter_start(const char *name, double flops, double bytes)
+{
+    Timer t = {NULL, 0, 0};
+    if (!metered.on) return t;
+    size_t i = 0;
+    while (i < metered.count && strcmp(metered.meter[i].name, name)) i++;
+    t.meter = &metered.meter[i];
+    if (i == metered.count) metered.count++, t.meter->name = name;
+    t.meter->calls++;
+    t.meter->flops += flops;
+    t.meter->bytes += bytes;
+    t.inner = metered.inner;
+    metered.inner = 0;
+    t.start = now();
+    return t;
+}
+
+static void meter_stop(Timer *t)
+{
+    if (!t->meter) return;
+    device_finish();
+    double seconds = now() - t->start;
+    t->meter->seconds += seconds - metered.inner;
+    metered.inner = t->inner + seconds;
+}
+
+#define METER(name, flops, bytes) \
+    Timer timer __attribute__((cleanup(meter_stop))) = \
+        meter_start(name, (double)(flops), (double)(bytes)); \
+    (void)timer
+
 #ifndef MOE_CUDA // moe.cu has the same operations, under the same names and in the same order
 
 // Memory that operations work on. Here it is the host's; on a GPU it is not.
 static void *device_alloc(size_t bytes) { return host_alloc(bytes, 1); }
 static void device_free(void *p) { free(p); }
+static void device_finish(void) {}
 static void device_zero(void *p, size_t bytes)
 {
     METER(__func__, 0, bytes);
@@ -2344,15 +2350,15 @@ static void decoder_bind(Decoder *s)
 }
 
 // The plan of a decoder, with arena.used telling its memory; decoder_make allocates it.
-// positions: how long a sequence may get.
-static Decoder decoder_plan(const Model *m, size_t slots, size_t window, size_t max_rows,
-                            size_t positions)
+// positions: how long a sequence may get; ahead: how many tokens of one a call may hold.
+static Decoder decoder_plan(const Model *m, size_t slots, size_t window, size_t ahead,
+                            size_t max_rows, size_t positions)
 {
     Decoder s;
     memset(&s, 0, sizeof s);
     s.m = m;
     s.window = window;
-    s.capacity = window + max_rows; // new rows must not push out what the first of them sees
+    s.capacity = window + ahead; // new rows must not push out what the first of them sees
     s.max_rows = max_rows;
     s.positions = positions;
     if (positions > INT_MAX)
@@ -2364,10 +2370,10 @@ static Decoder decoder_plan(const Model *m, size_t slots, size_t window, size_t 
     return s;
 }
 
-static Decoder decoder_make(const Model *m, size_t slots, size_t window, size_t max_rows,
-                            size_t positions)
+static Decoder decoder_make(const Model *m, size_t slots, size_t window, size_t ahead,
+                            size_t max_rows, size_t positions)
 {
-    Decoder s = decoder_plan(m, slots, window, max_rows, positions);
+    Decoder s = decoder_plan(m, slots, window, ahead, max_rows, positions);
     s.arena.base = (char *)device_alloc(s.arena.used);
     decoder_bind(&s);
     s.rope = rope_table(&m->config, positions);
@@ -3402,13 +3408,13 @@ static Model model_load(const char *directory, int training)
 // what it takes, what it does.
 enum {
     TRAIN = 1, SAMPLE = 2, EVAL = 4, CHECK = 8, MOST = TRAIN | SAMPLE | EVAL | CHECK,
-    PLAN = 16, SAVED = 32, RUN = TRAIN | SAVED // saved with a run, for --resume
+    PLAN = 16, BENCH = 32, SAVED = 64, RUN = TRAIN | SAVED // saved with a run, for --resume
 };
 #define CONFIG_NAMES "a config.json, laptop, laptop-mtp, moonlight-16b or deepseek-v3"
 #define GPU_NAMES "h800, h100, h200, h20, b200, a100, mi300x or rtx-4090"
 #define OPTIONS(X) \
-    X(MOST, Text, model, "model", "", "DIR", "model directory to start from") \
-    X(TRAIN | CHECK, Text, config, "config", "laptop", "FILE", "new model: " CONFIG_NAMES) \
+    X(MOST | BENCH, Text, model, "model", "", "DIR", "model directory to start from") \
+    X(TRAIN | CHECK | BENCH, Text, config, "config", "laptop", "FILE", "new model: " CONFIG_NAMES) \
     X(PLAN, Text, plan_config, "config", "deepseek-v3", "FILE", CONFIG_NAMES) \
     X(RUN | EVAL | CHECK, Text, data, "data", "", "FILE", "text to read") \
     X(TRAIN, Text, out, "out", "out/model", "DIR", "where the trained model goes") \
@@ -3418,12 +3424,14 @@ enum {
     X(CHECK, Text, dump, "dump", "", "FILE", "write logits, losses and gradients there") \
     X(RUN, Count, steps, "steps", "780", "N", "steps to train") \
     X(CHECK, Count, check_steps, "steps", "0", "N", "AdamW steps to take on the batch") \
-    X(RUN | CHECK, Count, batch, "batch", "8", "B", "sequences at once") \
-    X(RUN | EVAL | CHECK, Count, seq, "seq", "0", "T", \
+    X(BENCH, Count, bench_steps, "steps", "20", "N", "training steps; the fastest counts") \
+    X(RUN | CHECK | BENCH, Count, batch, "batch", "8", "B", "sequences at once") \
+    X(RUN | EVAL | CHECK | BENCH, Count, seq, "seq", "0", "T", \
       "tokens of a sequence; 0: max_position_embeddings") \
     X(RUN, Count, accumulate, "accumulate", "1", "N", "batches whose gradients make one step") \
     X(RUN, Text, optimizer, "optimizer", "muon", "NAME", \
       "muon (hidden matrices; AdamW for the rest) or adamw") \
+    X(BENCH, Text, bench_optimizer, "optimizer", "adamw", "NAME", "adamw or muon") \
     X(RUN, Number, lr, "lr", "0.005", "X", "peak learning rate") \
     X(CHECK, Number, check_lr, "lr", "0.001", "X", "learning rate of --steps") \
     X(RUN, Number, adam_lr, "adam-lr", "0.02", "X", "beside muon, AdamW's peak learning rate") \
@@ -3462,9 +3470,9 @@ enum {
       "tokens to train on; 0: 20 an active parameter, for V3 14.8e12") \
     X(PLAN, Number, mfu, "mfu", "0.4", "X", "model FLOPs utilization, of bfloat16's peak") \
     X(PLAN, Number, price, "price", "2", "X", "dollars a GPU hour") \
-    X(PLAN, Flag, json, "json", "", "", "print JSON") \
-    X(MOST | SAVED, Count, seed, "seed", "1", "S", "of all random numbers") \
-    X(MOST, Count, threads, "threads", "0", "N", "0: as many as there are")
+    X(PLAN | BENCH, Flag, json, "json", "", "", "print JSON") \
+    X(MOST | BENCH | SAVED, Count, seed, "seed", "1", "S", "of all random numbers") \
+    X(MOST | BENCH, Count, threads, "threads", "0", "N", "0: as many as there are")
 
 typedef const char *Text;
 typedef size_t Count;
@@ -3633,7 +3641,7 @@ static void print_token(int token)
 // Calls decoder_plan or decoder_make for one text: a prompt of n tokens and `more` after it.
 #define SAMPLE_DECODER(function, m, n, more) \
     function(m, 1, min_size((m)->config.Tmax, (n) + (more)), min_size((n) + 1, 256), \
-             (n) + (more) + 1)
+             min_size((n) + 1, 256), (n) + (more) + 1)
 
 static Generation sample(const Model *m, const Options *o, const char *prompt, int speculate)
 {
@@ -4324,7 +4332,232 @@ static int command_plan(const Options *o)
 }
 
 // ------------------------------------------------------------------------------------------------
-// 12  Commands
+// 12  Benchmark
+
+#ifndef MOE_CUDA
+#define FORGET __asm__ volatile("" ::: "memory") // the compiler is not to see that nothing changes
+
+// Multiply-adds of this machine, at best, in FLOP/s: as many sums as gemm's tile has, no memory.
+static double measure_flops(int threads)
+{
+    double rate = 0;
+    #pragma omp parallel num_threads(threads) reduction(+ : rate)
+    {
+        vec sum[MR][NV], x, total = {0};
+        for (size_t l = 0; l < LANES; l++) x[l] = (real)1e-9 * (real)l;
+        for (int i = 0; i < MR * NV; i++) sum[i / NV][i % NV] = x + (real)i;
+        enum { ROUNDS = 1 << 15 };
+        double best = INFINITY, start = now();
+        while (now() - start < 0.1) {
+            double begin = now();
+            for (int round = 0; round < ROUNDS; round++)
+                UNROLL for (int i = 0; i < MR; i++)
+                    UNROLL for (int v = 0; v < NV; v++)
+                        sum[i][v] += sum[i][v] * x;
+            FORGET;
+            best = fmin(best, now() - begin);
+        }
+        for (int i = 0; i < MR * NV; i++) total += sum[i / NV][i % NV];
+        vec_store(scratch(LANES), total);
+        rate += 2.0 * MR * NV * (double)LANES * ROUNDS / best;
+    }
+    return rate;
+}
+
+// Reads a buffer again and again, each thread its part: bytes/s, at best.
+static double measure_read(size_t bytes, int threads)
+{
+    size_t part = ceil_div(bytes, (size_t)threads * 4 * VBYTES) * 4 * LANES;
+    real *x = (real *)host_alloc((size_t)threads * part, sizeof(real));
+    double rate = 0;
+    #pragma omp parallel num_threads(threads) reduction(+ : rate)
+    {
+        size_t thread = 0;
+#ifdef _OPENMP
+        thread = (size_t)omp_get_thread_num();
+#endif
+        const real *from = x + thread * part;
+        vec sum[4] = {{0}};
+        double best = INFINITY, start = now();
+        for (int pass = 0; pass < 3 || now() - start < 0.1; pass++) {
+            double begin = now();
+            size_t passes = 1 + (1 << 18) / part; // so that a pass is not too short for the clock
+            for (size_t k = 0; k < passes; k++) {
+                for (size_t i = 0; i < part; i += 4 * LANES)
+                    UNROLL for (size_t v = 0; v < 4; v++)
+                        sum[v] += vec_load(from + i + v * LANES);
+                FORGET;
+            }
+            best = fmin(best, (now() - begin) / (double)passes);
+        }
+        vec_store(scratch(LANES), sum[0] + sum[1] + sum[2] + sum[3]);
+        rate += (double)(part * sizeof(real)) / best;
+    }
+    free(x);
+    return rate;
+}
+#endif
+
+// Tokens/s of `slots` sequences that grow by one token a call, in the second half of T tokens.
+static double bench_decode(const Model *m, size_t slots, size_t T)
+{
+    size_t calls = min_size(T / 2, slots < 64 ? 64 : 8);
+    Decoder d = decoder_make(m, slots, T, 1, slots, T);
+    int *token = (int *)host_alloc(3 * slots, sizeof(int));
+    int *slot = token + slots, *pos = slot + slots;
+    double start = 0;
+    for (size_t i = 0; i < slots; i++)
+        token[i] = (int)(random_u64(1, 8, i) % m->config.V), slot[i] = (int)i;
+    for (size_t call = 0; call <= calls; call++) { // the first warms up
+        if (call == 1) device_finish(), start = now();
+        for (size_t i = 0; i < slots; i++) pos[i] = (int)(T / 2 + call - (call > 0));
+        decode(&d, token, slot, pos, slots);
+    }
+    device_finish();
+    double seconds = now() - start;
+    free(token);
+    decoder_free(&d);
+    return (double)(slots * calls) / seconds;
+}
+
+static void ignore_token(int token) { (void)token; }
+
+// Tokens/s of generate(), with or without drafts; *taken is the share of drafts that were right.
+static double bench_generate(const Model *m, size_t T, int speculate, double *taken)
+{
+    Decoder d = decoder_make(m, 1, T, 2, 2, T);
+    Sampler likeliest = {0, 0, 1, 0};
+    int *text = (int *)host_alloc(T + 2, sizeof(int));
+    Generation g = generate(&d, &likeliest, text, 1, T - 2, speculate, ignore_token);
+    *taken = g.drafted ? (double)g.accepted / (double)g.drafted : 0;
+    free(text);
+    decoder_free(&d);
+    return (double)(g.generated - 1) / g.seconds;
+}
+
+static int command_bench(const Options *o)
+{
+    Config c = config_from_options(o);
+    size_t T = sequence_length(o, &c), B = o->batch, steps = o->bench_steps, N = size_mul(B, T);
+    int muon = !strcmp(o->bench_optimizer, "muon"), json = o->json, threads = thread_count();
+    NEED(B > 0 && T >= 8, "--batch must be at least 1 and --seq 8");
+    NEED(steps > 0, "--steps must be at least 1");
+    NEED(muon || !strcmp(o->bench_optimizer, "adamw"), "--optimizer is '%s'; it must be adamw or "
+         "muon", o->bench_optimizer);
+    memory_plan(&c, 1, B, T, 0);
+    Model m = model_from_options(o, &c, 1);
+    size_t active = 0; // bytes of weights that a token reads
+    for (size_t i = 0; i < m.layout.tensors; i++)
+        if (m.layout.tensor[i].layer < (int)c.L)
+            active += (size_t)active_size(&c, &m.layout.tensor[i]) * sizeof(real);
+
+    // the machine
+    double flops[2], memory[2], cache[2], weights[2];
+    for (int all = 0; all < 2; all++) {
+        int n = all ? threads : 1;
+        flops[all] = measure_flops(n);
+        memory[all] = measure_read((size_t)256 << 20, n);
+        cache[all] = measure_read(((size_t)128 << 10) * (size_t)n, n);
+        weights[all] = measure_read(active, n);
+    }
+    if (json) {
+        printf("{\"threads\": %d, \"flops\": [%.4g, %.4g], \"memory\": [%.4g, %.4g], ", threads,
+               flops[0], flops[1], memory[0], memory[1]);
+        printf("\"cache\": [%.4g, %.4g], \"weights\": [%.4g, %.4g],\n \"operations\": {", cache[0],
+               cache[1], weights[0], weights[1]);
+    } else {
+        char title[32];
+        snprintf(title, sizeof title, "%d thread%s", threads, threads > 1 ? "s" : "");
+        printf("the machine                           1 thread  %10s\n", title);
+        printf("  multiply-adds, GFLOP/s             %9.1f  %10.1f\n", flops[0] * 1e-9,
+               flops[1] * 1e-9);
+#define READ_ROW(what, megabytes, rate) \
+        printf("  read, %-12s %9.2f MB, GB/s %8.1f  %10.1f\n", what, megabytes, rate[0] * 1e-9, \
+               rate[1] * 1e-9)
+        READ_ROW("cache", 0.131072, cache);
+        READ_ROW("a token's", (double)active * 1e-6, weights);
+        READ_ROW("memory", 268.435456, memory);
+    }
+
+    // a training step
+    Acts a = acts_make(&m.config, B, T, 1);
+    Optimizer opt = optimizer_make(&m);
+    Recipe recipe = recipe_make(o, muon, o->check_lr, o->check_lr, o->check_bias_speed);
+    int *tokens = (int *)host_alloc(B * (T + 1), sizeof(int));
+    for (size_t i = 0; i < B * (T + 1); i++) tokens[i] = (int)(random_u64(o->seed, 7, i) % c.V);
+    acts_load(&a, tokens);
+    free(tokens);
+    Meter best[METERS] = {{NULL, 0, 0, 0, 0}};
+    double seconds = INFINITY, counted = 0;
+    for (size_t step = 0; step < steps + 2; step++) { // two to warm up
+        metered.on = step >= 2;
+        metered.count = 0;
+        memset(metered.meter, 0, sizeof metered.meter);
+        double start = now();
+        model_forward(&m, &a);
+        model_backward(&m, &a, 1);
+        optimizer_count_load(&opt, &m, &a);
+        optimizer_step(&opt, &m, &recipe, grad_norm(&m));
+        double took = now() - start;
+        if (!metered.on || took >= seconds) continue;
+        seconds = took;
+        memcpy(best, metered.meter, sizeof best);
+    }
+    metered.on = 0;
+    double work = 3 * flops_forward(&c, T, 1) * (double)N;
+    if (!json)
+        printf("\na step of %zu x %zu tokens with %s, the fastest of %zu\n"
+               "  %-24s %5s %9s %6s %8s %8s %7s %9s\n", B, T, muon ? "muon" : "adamw", steps,
+               "operation", "calls", "ms", "share", "GFLOP/s", "of peak", "GB/s", "of memory");
+    for (size_t i = 0; best[i].name; i++) {
+        const Meter *t = &best[i];
+        double rate = t->flops / t->seconds, bytes = t->bytes / t->seconds;
+        counted += t->seconds;
+        if (json)
+            printf("%s\n  \"%s\": {\"calls\": %zu, \"seconds\": %.6g, \"flops\": %.6g, \"bytes\": "
+                   "%.6g}", i ? "," : "", t->name, t->calls, t->seconds, t->flops, t->bytes);
+        else
+            printf("  %-24s %5zu %9.3f %5.1f%% %8.1f %7.1f%% %7.1f %8.1f%%\n", t->name, t->calls,
+                   1e3 * t->seconds, 100 * t->seconds / seconds, 1e-9 * rate,
+                   100 * rate / flops[1], 1e-9 * bytes, 100 * bytes / memory[1]);
+    }
+    if (json)
+        printf("},\n \"step\": {\"tokens\": %zu, \"seconds\": %.6g, \"flops\": %.6g},\n "
+               "\"decode\": {", N, seconds, work);
+    else
+        printf("  %-24s %5s %9.3f %5.1f%%\n  whole step: %.0f tokens/s, %.1f GFLOP/s of useful "
+               "work, %.1f%% of peak\n\ndecoding, sequences of %zu tokens\n"
+               "  %-12s %10s %14s %12s\n", "between operations", "", 1e3 * (seconds - counted),
+               100 * (1 - counted / seconds), (double)N / seconds, 1e-9 * work / seconds,
+               100 * work / seconds / flops[1], T, "sequences", "tokens/s", "GFLOP/s", "of peak");
+    acts_free(&a);
+    optimizer_free(&opt);
+
+    // decoding: work of a token is that of a sequence as long as T/2 .. T
+    double token_work = flops_forward(&c, T + T / 2, 0);
+    for (size_t n = 1; n <= 512; n *= 8) {
+        double rate = bench_decode(&m, n, T);
+        if (json) printf("%s\"%zu\": %.6g", n > 1 ? ", " : "", n, rate);
+        else printf("  %-12zu %10.0f %14.1f %11.1f%%\n", n, rate, 1e-9 * rate * token_work,
+                    100 * rate * token_work / flops[1]);
+        if (n == 1 && !json)
+            printf("  %-12s %10s %14.1f %11.1f%%  of reading a token's weights\n", "", "GB/s",
+                   1e-9 * rate * (double)active, 100 * rate * (double)active / weights[1]);
+    }
+    if (c.D > 0) {
+        double taken, plain = bench_generate(&m, T, 0, &taken);
+        double drafting = bench_generate(&m, T, 1, &taken);
+        if (json) printf(", \"generate\": %.6g, \"speculate\": %.6g", plain, drafting);
+        else printf("  generating %.0f tokens/s, with --speculate %.0f, %.0f%% of drafts taken\n",
+                    plain, drafting, 100 * taken);
+    }
+    if (json) printf("}}\n");
+    model_free(&m);
+    return 0;
+}
+
+// ------------------------------------------------------------------------------------------------
+// 13  Commands
 
 static int command_sample(const Options *o)
 {
@@ -4446,6 +4679,7 @@ static const Command commands[] = {
     {"sample", SAMPLE, command_sample, "continue a prompt"},
     {"eval", EVAL, command_eval, "mean loss of a model over a text"},
     {"check", CHECK, command_check, "losses, gradients and steps on one batch, for comparison"},
+    {"bench", BENCH, command_bench, "speed of this machine, of a training step and of decoding"},
     {"plan", PLAN, command_plan, "what a model and its training take: work, memory, time, money"},
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };

@@ -1071,6 +1071,68 @@ static void test_fast_exp(void)
     EXPECT(sigmoid(-200) < 1e-37f && sigmoid(200) == 1 && sigmoid(0) == 0.5f, "sigmoid's ends");
 }
 
+// attention_forward against the definition, a number at a time, in double: blocks, panels and parts
+// of K all have edges.
+static void test_attention(void)
+{
+    for (size_t i = 0; i < 12; i++) {
+        static const size_t T_of[] = {1, 2, 15, 24, 25, 97, KC + 31};
+        size_t B = 1 + i % 2, T = T_of[i % 7], NH = 1 + i % 3, Dv = 1 + 7 * i % 40;
+        size_t Dn = 2 + 5 * i % 37, Dr = 2 + 2 * (i % 9), Dq = Dn + Dr, Dkv = Dn + Dv;
+        real *q = random_reals(B * T * NH * Dq, i), *kv = random_reals(B * T * NH * Dkv, i + 1);
+        real *k_pe = random_reals(B * T * Dr, i + 2);
+        real *out = reals(B * T * NH * Dv), *lse = reals(B * NH * T);
+        attention_forward(out, lse, q, kv, k_pe, B, T, NH, Dn, Dr, Dv, 0.7);
+        double *score = (double *)keep(host_alloc(T, sizeof(double)));
+        for (size_t row = 0; row < B * T * NH; row++) {
+            size_t b = row / NH / T, t = row / NH % T, h = row % NH;
+            double sum = 0;
+            for (size_t u = 0; u <= t; u++) {
+                const real *k = kv + ((b * T + u) * NH + h) * Dkv, *r = k_pe + (b * T + u) * Dr;
+                double dot = 0;
+                for (size_t j = 0; j < Dq; j++)
+                    dot += (double)q[row * Dq + j] * (double)(j < Dn ? k[j] : r[j - Dn]);
+                sum += score[u] = exp(0.7 * dot);
+            }
+            const char *what = label("T %zu, head %zu, token %zu", T, h, t);
+            near(lse[(b * NH + h) * T + t] + 10, log(sum) + 10, 2e-6, what);
+            for (size_t j = 0; j < Dv; j++) {
+                double mean = 0;
+                for (size_t u = 0; u <= t; u++)
+                    mean += score[u] / sum * (double)kv[((b * T + u) * NH + h) * Dkv + Dn + j];
+                near(out[row * Dv + j] + 1, mean + 1, 2e-6, what);
+            }
+        }
+    }
+}
+
+// The operations' own counts of useful work add up to what flops_forward says of a whole step, with
+// every operation's time counted once.
+static void test_meters(void)
+{
+    Config c = config_preset(LAPTOP);
+    size_t B = 2, T = 64;
+    Model m = random_model(&c, 1, 1);
+    Acts a = acts_make(&c, B, T, 1);
+    acts_load(&a, random_ints(B * (T + 1), c.V, 3));
+    metered.on = 1, metered.count = 0;
+    memset(metered.meter, 0, sizeof metered.meter);
+    double start = now(), flops = 0, seconds = 0;
+    model_forward(&m, &a);
+    model_backward(&m, &a, 1);
+    double all = now() - start;
+    metered.on = 0;
+    for (size_t i = 0; i < metered.count; i++) {
+        const Meter *t = &metered.meter[i];
+        flops += t->flops, seconds += t->seconds;
+        EXPECT(t->calls > 0 && t->seconds > 0 && t->bytes > 0, "%s: nothing counted", t->name);
+    }
+    near(flops, 3 * flops_forward(&c, T, 1) * (double)(B * T), 1e-12, "work of a step");
+    EXPECT(seconds <= all && seconds > 0.5 * all, "operations took %g s of %g", seconds, all);
+    acts_free(&a);
+    model_free(&m);
+}
+
 // The same bits with any number of threads: losses, gradients, and two steps of Muon and AdamW.
 static void test_threads_same_bits(void)
 {
@@ -1585,7 +1647,7 @@ static void test_decode(void)
         int *tokens = random_ints(3 * (T + 1), c.V, 22), slot[8], pos[8], at[3] = {0, 0, 0};
         acts_load(&a, tokens);
         model_forward(&m, &a);
-        Decoder d = decoder_make(&m, 3, T + 3, 8, T);
+        Decoder d = decoder_make(&m, 3, T + 3, 8, 8, T);
         for (pos[0] = 0, slot[0] = 2; pos[0] < T; pos[0]++) // token by token
             check_decode(&d, &a, tokens, slot, pos, 1);
         for (size_t begin = 0, n; begin < T; begin += n) { // in chunks; old entries must not show
@@ -1616,7 +1678,7 @@ static void test_window(void)
     Model m = random_model(&c, 0, 31);
     size_t V = c.V;
     int *tokens = random_ints(T + 1, c.V, 32), slot[4] = {0, 0, 0, 0}, pos[4];
-    Decoder ring = decoder_make(&m, 1, W, 4, T), roomy = decoder_make(&m, 1, W, 4 + T, T);
+    Decoder ring = decoder_make(&m, 1, W, 4, 4, T), roomy = decoder_make(&m, 1, W, 4 + T, 4 + T, T);
     EXPECT(ring.capacity < T / 2 && roomy.capacity > T, "capacities %zu, %zu", ring.capacity,
            roomy.capacity);
     for (size_t t = 0, n; t < T; t += n) {
@@ -1677,7 +1739,7 @@ static size_t check_generate(const Model *m, double temperature, size_t window, 
             int text[PROMPT + COUNT + 2];
             memcpy(text, prompt, PROMPT * sizeof(int));
             emits = 0;
-            Decoder d = decoder_make(m, 1, window, rows, PROMPT + COUNT + 1);
+            Decoder d = decoder_make(m, 1, window, rows, rows, PROMPT + COUNT + 1);
             Generation g = generate(&d, &s, text, PROMPT, COUNT, speculate, emit);
             decoder_free(&d);
             EXPECT(g.generated == COUNT && emits == COUNT, "%s: %zu tokens, %zu of them given",
@@ -3131,6 +3193,27 @@ static void test_plan_options(void)
     REFUSED("--price", "plan", "--price", "1e7");
     REFUSED("overflow", "plan", "--json", "--batch", "1048576", "--seq", "163840");
 }
+// moe bench measures and prints something for everything it names.
+static void test_bench(void)
+{
+    Json *j = plan(ARGS("bench", "--json", "--config", "laptop-mtp", "--batch", "1", "--seq", "16",
+                        "--steps", "1", "--threads", "1"));
+    const Json *operations = json_get(j, "operations"), *decode = json_get(j, "decode");
+    static const char *const some[] = {"matmul_forward", "experts_backward_w", "adamw_step",
+                                       "attention_backward", "cross_entropy_forward"};
+    for (size_t i = 0; i < sizeof some / sizeof *some; i++)
+        EXPECT(operations && json_get(operations, some[i]), "no %s", some[i]);
+    static const char *const kinds[] = {"1", "8", "64", "512", "generate", "speculate"};
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        const Json *rate = decode ? json_get(decode, kinds[i]) : NULL;
+        EXPECT(rate && rate->number > 0, "decode %s is not above 0", kinds[i]);
+    }
+    free(j);
+    REFUSED("--optimizer is 'x'; it must be adamw or muon", "bench", "--optimizer", "x");
+    REFUSED("--steps must be at least 1", "bench", "--steps", "0");
+    REFUSED("--batch must be at least 1 and --seq 8", "bench", "--batch", "0");
+    REFUSED("unknown option --data", "bench", "--data", "x");
+}
 #endif // not MOE_DOUBLE
 
 // ------------------------------------------------------------------------------------------------
@@ -3156,7 +3239,7 @@ static const Test tests[] = {
     TEST(model_gradient_t1) TEST(mtp_depths) TEST(parameters) TEST(model_gradient_accumulates)
     TEST(broken_backward_is_seen) TEST(golden_weights)
 #else
-    TEST(gemm) TEST(gemm_bits) TEST(fast_exp) TEST(threads_same_bits)
+    TEST(gemm) TEST(gemm_bits) TEST(fast_exp) TEST(attention) TEST(meters) TEST(threads_same_bits)
 #endif
     BOTH(pytorch_mla) BOTH(pytorch_moe) BOTH(pytorch_v3) BOTH(pytorch_yarn)
 #ifdef MOE_DOUBLE
@@ -3170,6 +3253,7 @@ static const Test tests[] = {
     TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump)
     TEST(resume_is_exact) TEST(killed_while_saving) TEST(disk_full) TEST(read_only_directory)
     TEST(signals) TEST(not_finite) TEST(memory_refused) TEST(plan) TEST(plan_options)
+    TEST(bench)
 #endif
 };
 
