@@ -548,6 +548,22 @@ static inline real fast_exp(real x)
 }
 #endif
 
+// s_u = exp(scale (s_u - max s)) for n numbers; returns their sum.
+static accum exp_row(real *s, real *max, size_t n, real scale)
+{
+    real most = s[0];
+    accum sum = 0;
+    #pragma omp simd reduction(max : most)
+    for (size_t u = 1; u < n; u++) most = s[u] > most ? s[u] : most;
+    #pragma omp simd reduction(+ : sum)
+    for (size_t u = 0; u < n; u++) {
+        s[u] = fast_exp(scale * (s[u] - most));
+        sum += s[u];
+    }
+    *max = most;
+    return sum;
+}
+
 static inline real sigmoid(real x) { return 1 / (1 + fast_exp(-x)); }
 
 // Matrix product by one thread, blocked and packed as in GotoBLAS and BLIS.
@@ -709,8 +725,8 @@ static void gemm_blocked(real *c, size_t c_row, size_t c_col, const real *a, siz
         }
 }
 
-// Few rows times a transposed matrix, as in decoding: to pack b would take longer than the
-// product. So here the vectors run along p: lane l of a sum takes every p with p % LANES == l, the
+// One row or two times a transposed matrix, as in decoding: to pack anything would take longer than
+// the product. So here the vectors run along p: lane l of a sum takes every p with p % LANES == l, the
 // lanes are added in pairs, then what is left of k. The order is the same for any number of rows,
 // but it is not that of gemm_blocked.
 INLINE void dots(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
@@ -742,17 +758,16 @@ INLINE void dots(real *c, size_t c_row, size_t c_col, const real *a, size_t a_ro
         }
 }
 
+enum { FEW = 2 };
+
 static void gemm_few_rows(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
                           const real *b, size_t b_col, size_t m, size_t n, size_t k, int add)
 {
     for (size_t j = 0; j < n; j += 4) { // four columns of b stay in L1 for all rows of a
         real *cj = c + j * c_col;
         const real *bj = b + j * b_col;
-        size_t i = 0;
-        for (; i + 2 <= m; i += 2)
-            dots(cj + i * c_row, c_row, c_col, a + i * a_row, a_row, bj, b_col, n - j, k, add, 2);
-        if (i < m)
-            dots(cj + i * c_row, c_row, c_col, a + i * a_row, a_row, bj, b_col, n - j, k, add, 1);
+        if (m == 2) dots(cj, c_row, c_col, a, a_row, bj, b_col, n - j, k, add, 2);
+        else dots(cj, c_row, c_col, a, a_row, bj, b_col, n - j, k, add, 1);
     }
 }
 
@@ -762,7 +777,7 @@ static void gemm(real *c, size_t c_row, size_t c_col, const real *a, size_t a_ro
                  const real *b, size_t b_row, size_t b_col, size_t m, size_t n, size_t k, int add)
 {
     int transpose = a_col == 1 && b_row == 1; // to pack b is to transpose it
-    if (transpose && m <= 8)
+    if (transpose && m <= FEW)
         gemm_few_rows(c, c_row, c_col, a, a_row, b, b_col, m, n, k, add);
     else if (transpose && 2 * m < n) // c^T = b^T a^T: pack a, the smaller, and take b in place
         gemm_blocked(c, c_col, c_row, b, b_col, b_row, a, a_col, a_row, n, m, k, add);
@@ -1074,19 +1089,11 @@ static void attention_forward(real *out,        // [B, T, NH, Dv]
             gemm_packed(p, cols, 1, q + ((b * T + t) * NH + h) * Dq, NH * Dq, 1, k, NR * Dq,
                         rows, cols, Dq, SET);
             for (size_t i = 0; i < rows; i++) {
-                real *s = p + i * cols, max = s[0];
+                real *s = p + i * cols, max;
                 size_t seen = t + i + 1;
-                #pragma omp simd reduction(max : max)
-                for (size_t u = 1; u < seen; u++) max = s[u] > max ? s[u] : max;
-                accum total = 0;
-                #pragma omp simd reduction(+ : total)
-                for (size_t u = 0; u < seen; u++) {
-                    s[u] = fast_exp((real)scale * (s[u] - max));
-                    total += s[u];
-                }
+                sum[i] = exp_row(s, &max, seen, (real)scale);
                 for (size_t u = seen; u < cols; u++) s[u] = 0;
-                sum[i] = total;
-                lse[bh * T + t + i] = (accum)(scale * max + log((double)total));
+                lse[bh * T + t + i] = (accum)(scale * max + log((double)sum[i]));
             }
             gemm_packed(ot, NH * Dv, 1, p, cols, 1, v, NR * T, rows, Dv, cols, SET);
             for (size_t i = 0; i < rows; i++)
@@ -1420,42 +1427,35 @@ static void latent_attention(real *out,         // [n, NH, Dv]
                              size_t capacity, size_t window, double scale)
 {
     METER(__func__, 0, 0);
-    size_t Dq = Dn + Dr, width = Rkv + Dr;
+    size_t Dq = Dn + Dr;
     real *sums = latent + n * NH * Rkv;
-    #pragma omp parallel for if (n * NH * Rkv * window > 16 * SMALL)
+    #pragma omp parallel for if (n * NH * Dn * Rkv > 16 * SMALL)
     for (size_t h = 0; h < NH; h++)
         gemm(latent + h * n * Rkv, Rkv, 1, q + h * Dq, NH * Dq, 1, w_b + h * (Dn + Dv) * Rkv,
              Rkv, 1, n, Rkv, Dn, SET);
     #pragma omp parallel for schedule(dynamic) if (n * NH * Rkv * window > 16 * SMALL)
-    for (size_t i = 0; i < n * NH; i++) {
-        size_t row = i / NH, h = i % NH, last = (size_t)pos[row];
-        size_t seen = min_size(last + 1, window), first = last + 1 - seen;
-        size_t base = (size_t)slot[row] * capacity;
-        const real *ql = latent + (h * n + row) * Rkv, *qr = q + (row * NH + h) * Dq + Dn;
-        real *p = scratch(seen + width), max = -INFINITY;
-        for (size_t u = 0; u < seen; u++) {
-            size_t at = base + (first + u) % capacity;
-            const real *c = c_kv + at * Rkv, *r = k_pe + at * Dr;
-            accum dot = 0;
-            #pragma omp simd reduction(+ : dot)
-            for (size_t j = 0; j < Rkv; j++) dot += ql[j] * c[j];
-            #pragma omp simd reduction(+ : dot)
-            for (size_t j = 0; j < Dr; j++) dot += qr[j] * r[j];
-            p[u] = (real)scale * dot;
-            max = p[u] > max ? p[u] : max;
+    for (size_t i = 0; i < n; i++) { // all heads at once: they see the same latents
+        size_t last = (size_t)pos[i], seen = min_size(last + 1, window), first = last + 1 - seen;
+        real *p = scratch(NH * seen), *o = sums + i * Rkv; // [NH, seen], [NH, Rkv]
+        size_t at, len, u;
+#define EACH_PIECE /* of the ring, which may begin anew in between: positions first + u .. + len */ \
+    for (u = 0; u < seen && (at = (first + u) % capacity, \
+                             len = min_size(seen - u, capacity - at), \
+                             at += (size_t)slot[i] * capacity, 1); u += len)
+        EACH_PIECE {
+            gemm(p + u, seen, 1, latent + i * Rkv, n * Rkv, 1, c_kv + at * Rkv, 1, Rkv, NH, len,
+                 Rkv, SET);
+            gemm(p + u, seen, 1, q + i * NH * Dq + Dn, Dq, 1, k_pe + at * Dr, 1, Dr, NH, len, Dr,
+                 ADD);
         }
-        accum sum = 0;
-        real *o = sums + (h * n + row) * Rkv;
-        memset(o, 0, Rkv * sizeof(real));
-        for (size_t u = 0; u < seen; u++) {
-            const real *c = c_kv + (base + (first + u) % capacity) * Rkv;
-            real weight = fast_exp(p[u] - max);
-            sum += weight;
-            for (size_t j = 0; j < Rkv; j++) o[j] += weight * c[j];
+        for (size_t h = 0; h < NH; h++) {
+            real *s = p + h * seen, max, sum = exp_row(s, &max, seen, (real)scale);
+            for (u = 0; u < seen; u++) s[u] /= sum;
         }
-        for (size_t j = 0; j < Rkv; j++) o[j] /= sum;
+        EACH_PIECE gemm(o, n * Rkv, 1, p + u, seen, 1, c_kv + at * Rkv, Rkv, 1, NH, Rkv, len,
+                        u > 0);
     }
-    #pragma omp parallel for if (n * NH * Rkv * window > 16 * SMALL)
+    #pragma omp parallel for if (n * NH * Dv * Rkv > 16 * SMALL)
     for (size_t h = 0; h < NH; h++)
         gemm(out + h * Dv, NH * Dv, 1, sums + h * n * Rkv, Rkv, 1,
              w_b + (h * (Dn + Dv) + Dn) * Rkv, 1, Rkv, n, Dv, Rkv, SET);
