@@ -4067,51 +4067,46 @@ static const char *show_scaled(char *room, double x, const char *letters) // 32 
     return room;
 }
 
-static void print_numbers(int json, const char *before, const char *name, const char *columns,
-                          const char *letters, const double *value)
-{
-    char room[32];
-    const char *comma = "";
-    if (json) printf("%s\"%s\": {", before, name);
-    else printf("%s%-*s", before, 34 - (int)strlen(before), name);
-    for (int n; *columns; columns += n + (columns[n] == ' '), value++) {
-        n = (int)strcspn(columns, " ");
-        if (!json) printf("%20s", show_scaled(room, *value, letters));
-        else if (!isnan(*value)) printf("%s\"%.*s\": %.15g", comma, n, columns, *value);
-        if (!isnan(*value)) comma = ", ";
-    }
-    if (!json) printf("\n");
-}
-
 // Prints a table and a note, for people, or a member of a JSON object with the same names as keys.
 static void print_table(int json, const char *name, const char *columns, const char *letters,
                         const Row *row, size_t rows, const char *note, ...)
 {
+    static const char *const titles[3] = {NULL, "published", "difference"};
+    const char *column[3];
+    int width[3], n = 0;
+    char room[32];
     va_list args;
-    va_start(args, note);
+    for (const char *c = columns; *c; c += width[n] + (c[width[n]] == ' '), n++)
+        column[n] = c, width[n] = (int)strcspn(c, " ");
     printf(json ? ",\n  \"%s\": {" : "\n%-34s", name);
-    for (const char *c = columns; !json && *c; c += strcspn(c, " "), c += *c == ' ')
-        printf("%20.*s", (int)strcspn(c, " "), c);
-    if (!json) printf("\n  ");
-    if (!json) vprintf(note, args);
-    if (!json) printf("\n");
+    for (int k = 0; k < n && !json; k++) printf("%20.*s", width[k], column[k]);
+    va_start(args, note);
+    if (!json) printf("\n  "), vprintf(note, args), printf("\n");
     va_end(args);
-    for (size_t i = 0; i < rows; i++) {
-        double published[3], difference[3];
-        int any = 0;
+    for (const Row *r = row; r < row + rows; r++) {
+        double line[3][3]; // ours, what was published, and how far ours is from it
+        int lines = 1;
         for (size_t k = 0; k < 3; k++) {
-            published[k] = row[i].published[k] > 0 ? row[i].published[k] : NAN;
-            difference[k] = row[i].value[k] / published[k] - 1;
-            any |= row[i].published[k] > 0;
+            line[0][k] = r->value[k];
+            line[1][k] = r->published[k] > 0 ? r->published[k] : NAN;
+            line[2][k] = line[0][k] / line[1][k] - 1;
+            if (r->published[k] > 0) lines = 3;
         }
-        print_numbers(json, !json ? "  " : i ? "},\n    " : "\n    ", row[i].name, columns, letters,
-                      row[i].value);
-        if (!any) continue;
-        print_numbers(json, json ? ", " : "    ", "published", columns, letters, published);
-        print_numbers(json, json ? "}, " : "    ", "difference", columns, percent, difference);
+        for (int i = 0; i < lines; i++) {
+            const char *title = i ? titles[i] : r->name, *comma = "";
+            if (json) printf("%s\"%s\": {", i ? ", " : r > row ? ",\n    " : "\n    ", title);
+            else printf(i ? "    %-30s" : "  %-32s", title);
+            for (int k = 0; k < n; k++) {
+                double x = line[i][k];
+                if (!json) printf("%20s", show_scaled(room, x, i == 2 ? percent : letters));
+                else if (!isnan(x)) printf("%s\"%.*s\": %.15g", comma, width[k], column[k], x);
+                if (!isnan(x)) comma = ", ";
+            }
+            fputs(!json ? "\n" : i ? "}" : "", stdout);
+        }
         if (json) printf("}");
     }
-    if (json) printf("}\n  }");
+    if (json) printf("\n  }");
 }
 #define ROWS(row) row, sizeof row / sizeof *row
 
