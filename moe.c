@@ -767,7 +767,7 @@ static void gemm_few_rows(real *c, size_t c_row, size_t c_col, const real *a, si
         real *cj = c + j * c_col;
         const real *bj = b + j * b_col;
         if (m == 2) dots(cj, c_row, c_col, a, a_row, bj, b_col, n - j, k, add, 2);
-        else dots(cj, c_row, c_col, a, a_row, bj, b_col, n - j, k, add, 1);
+        if (m == 1) dots(cj, c_row, c_col, a, a_row, bj, b_col, n - j, k, add, 1);
     }
 }
 
