@@ -1021,10 +1021,10 @@ static void test_gemm_bits(void)
         size_t b_row = b_t ? 1 : N, b_col = b_t ? K : 1;
         gemm(whole, N, 1, a, K, 1, b, b_row, b_col, M, N, K, SET);
         for (size_t i = 0; i < 6; i++) {
-            size_t rows = b_t && cut[i][0] < 9 ? 9 : cut[i][0], cols = cut[i][1];
+            size_t rows = b_t && cut[i][0] <= FEW ? FEW + 1 : cut[i][0], cols = cut[i][1];
             for (size_t r = 0, take; r < M; r += take) {
                 take = min_size(rows, M - r);
-                if (M - r - take < 9) take = M - r; // few rows are summed in another order
+                if (M - r - take <= FEW) take = M - r; // few rows are summed in another order
                 for (size_t j = 0; j < N; j += cols)
                     gemm(parts + r * N + j, N, 1, a + r * K, K, 1, b + j * b_col, b_row, b_col,
                          take, min_size(cols, N - j), K, SET);
@@ -1033,12 +1033,13 @@ static void test_gemm_bits(void)
                    "in pieces of %zu x %zu the bits are others, b_t %d", rows, cols, b_t);
         }
     }
-    gemm(whole, N, 1, a, K, 1, b, 1, K, 8, N, K, SET);
-    for (size_t m = 1; m < 8; m++) {
+    gemm(whole, N, 1, a, K, 1, b, 1, K, FEW, N, K, SET);
+    for (size_t m = 1; m <= FEW; m++) {
         gemm(parts, N, 1, a, K, 1, b, 1, K, m, N, K, SET);
-        EXPECT(!memcmp(whole, parts, m * N * sizeof(real)), "%zu rows have other bits than 8", m);
-        gemm(parts, N, 1, a + K, K, 1, b, 1, K, m, N, K, SET);
-        EXPECT(!memcmp(whole + N, parts, m * N * sizeof(real)), "from row 1, %zu rows differ", m);
+        EXPECT(!memcmp(whole, parts, m * N * sizeof(real)), "%zu rows have other bits than %d", m,
+               FEW);
+        gemm(parts, N, 1, a + (FEW - m) * K, K, 1, b, 1, K, m, N, K, SET);
+        EXPECT(!memcmp(whole + (FEW - m) * N, parts, m * N * sizeof(real)), "the last %zu differ", m);
         gemm(parts, N, 1, a, K, 1, b + 3 * K, 1, K, m, 6, K, SET);
         for (size_t i = 0; i < m; i++)
             EXPECT(!memcmp(whole + i * N + 3, parts + i * N, 6 * sizeof(real)), "columns 3 to 8");
