@@ -1039,7 +1039,8 @@ static void test_gemm_bits(void)
         EXPECT(!memcmp(whole, parts, m * N * sizeof(real)), "%zu rows have other bits than %d", m,
                FEW);
         gemm(parts, N, 1, a + (FEW - m) * K, K, 1, b, 1, K, m, N, K, SET);
-        EXPECT(!memcmp(whole + (FEW - m) * N, parts, m * N * sizeof(real)), "the last %zu differ", m);
+        EXPECT(!memcmp(whole + (FEW - m) * N, parts, m * N * sizeof(real)),
+               "the last %zu differ", m);
         gemm(parts, N, 1, a, K, 1, b + 3 * K, 1, K, m, 6, K, SET);
         for (size_t i = 0; i < m; i++)
             EXPECT(!memcmp(whole + i * N + 3, parts + i * N, 6 * sizeof(real)), "columns 3 to 8");
@@ -2458,7 +2459,8 @@ static void test_damaged_config(void)
          "truncate is not known"},
         {"rope_interleave\": true", "rope_interleave\": false", "rope_interleave is false"},
         {"rms_norm_eps\": ", "rms_norm_eps\": 0, \"x\":", "rms_norm_eps must be above 0"},
-        {"key_value_heads\": 2", "key_value_heads\": 1", "num_key_value_heads is 1; this program knows only 2"},
+        {"key_value_heads\": 2", "key_value_heads\": 1",
+         "num_key_value_heads is 1; this program knows only 2"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         write_text(path, replaced(good, cases[i][0], cases[i][1]));
