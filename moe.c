@@ -4383,7 +4383,7 @@ static double measure_read(size_t bytes, int threads)
                         sum[v] += vec_load(from + i + v * LANES);
                 FORGET;
             }
-            best = fmin(best, (now() - begin) / (double)passes);
+            best = fmin(best, fmax(now() - begin, 1e-9) / (double)passes);
         }
         vec_store(scratch(LANES), sum[0] + sum[1] + sum[2] + sum[3]);
         rate += (double)(part * sizeof(real)) / best;
