@@ -1,0 +1,1287 @@
+/*
+cuda_on_cpu.h: compile a CUDA file with an ordinary C++ compiler, run its kernels on the CPU, and be
+told what a GPU would not have forgiven.
+
+    g++ -x c++ -std=c++17 -O2 -Wno-unknown-pragmas -I.ci moe.cu -o moe_emu
+                                     (or clang++; -g -O0 to step through it; the pragma is unroll)
+
+How a block runs. A CUDA thread is a coroutine: a stack of its own and a place where it stopped. All
+threads of a block take turns on one CPU core, and a turn ends only where CUDA threads meet:
+
+    thread 0  ----> __syncthreads  .                  ----> __shfl_sync .           ----> return
+    thread 1        .----> __syncthreads  .                .----> __shfl_sync .
+    thread 2               .----> __syncthreads (the last: all go on)  .---->  ...
+
+Between two meetings a thread runs alone and to the end, so a forgotten barrier cannot hide behind
+luck: the threads before see nothing of those after. A thread that never meets another one is a plain
+function call on a stack that is already there. Blocks run one after the other, so a kernel in which
+one block spins until another has done something never ends here.
+
+What is caught, each with one line on stderr and exit status 1:
+  - host code that touches device memory. The pages are closed; a kernel or a cuda* copy opens those
+    it touches, 256 KiB at a time, through the page fault, and they are closed again after it.
+  - out of bounds: an allocation ends where its last page ends, and the page after it, like the page
+    before it, is never open. So is freed memory, which is not used again. The few bytes between an
+    allocation and its page's edge are looked at after each launch. Shared arrays have such pages too.
+  - reads of what was not written: fresh memory, and shared memory as each block starts, is 0xff
+    throughout, a NaN as float and bfloat16, -1 as an integer.
+  - a barrier, shuffle or vote that not all threads reach that should, or at different lines;
+    a shuffle from a lane outside the mask; a host pointer given to a kernel; misaligned vectors.
+  - a missing barrier or a race, by its result: EMU_ORDER (or emu_order("...")) says in which order
+    blocks, warps and lanes run: "forward" (the default), "reverse", "shuffle:SEED", or "agree", which
+    runs every launch in all three from the same memory and demands the same bytes of each. (What
+    float atomics added to may differ by rounding.)
+
+In gdb:   gdb -ex 'handle SIGSEGV nostop noprint' -ex 'break emu::fail' --args ./moe_emu ...
+    `break some_kernel if threadIdx.x == 5 && blockIdx.x == 1`, then step; threadIdx and blockIdx are
+    ordinary variables, and `up` from emu::fail leads to the kernel's line.
+
+What the file written for it must do: launch by LAUNCH(kernel, grid, block, shared_bytes, ...), declare
+shared memory by SHARED(float, tile, [16][17]) and DYNAMIC_SHARED(float, scratch), and take the PTX
+helpers (mma_16x8x16, ldmatrix_*, cp_async_*) from here where __CUDACC__ is not defined.
+
+More settings, to test how a program takes what it finds: EMU_DEVICES=0 (no GPU), EMU_DRIVER=11080
+(a driver too old), EMU_CC=61 (compute capability 6.1), EMU_MEMORY=BYTES (of device memory, 8 GiB).
+*/
+#ifndef CUDA_ON_CPU_H
+#define CUDA_ON_CPU_H
+
+#include <signal.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <numeric>
+#include <tuple>
+#include <type_traits>
+#include <unordered_map>
+#include <vector>
+
+#if defined __SANITIZE_ADDRESS__
+#define EMU_ASAN 1
+#elif defined __has_feature
+#if __has_feature(address_sanitizer)
+#define EMU_ASAN 1
+#endif
+#endif
+#ifdef EMU_ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if !(defined __linux__ && (defined __x86_64__ || defined __aarch64__))
+#include <ucontext.h>
+#endif
+
+// ------------------------------------------------------------------- the words and types of CUDA
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define __shared__ static // works, but neither poisoned nor guarded: prefer SHARED
+
+struct uint3 { unsigned x, y, z; };
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+#define EMU_VECTORS(type, name, align) \
+    struct alignas(2 * sizeof(type)) name##2 { type x, y; }; \
+    struct name##3 { type x, y, z; }; \
+    struct alignas(align) name##4 { type x, y, z, w; }; \
+    static inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
+    static inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; } \
+    static inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+#define uint3 emu_uint3 // there already
+EMU_VECTORS(unsigned, uint, 16)
+#undef uint3
+EMU_VECTORS(float, float, 16)
+EMU_VECTORS(int, int, 16)
+EMU_VECTORS(double, double, 16)
+EMU_VECTORS(unsigned short, ushort, 8)
+EMU_VECTORS(unsigned char, uchar, 4)
+
+// Variables of the thread that runs now. They are set again each time it goes on.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+#define EMU_HERE int line = __builtin_LINE() // a last parameter: the caller's line
+
+// ---------------------------------------------------------------------------------- the machine
+
+namespace emu {
+
+constexpr size_t PAGE = 4096, GRANULE = 256 << 10, STATIC_SHARED = 48 << 10, MAX_SHARED = 227 << 10;
+#ifdef EMU_ASAN
+constexpr size_t STACK = 512 << 10;
+#else
+constexpr size_t STACK = 128 << 10; // bytes of stack a thread has, touched only where used
+#endif
+
+// A cudaMalloc: pages low..high stand between two that are never open; data ends within 15 bytes of high.
+struct Allocation {
+    char *low, *high, *data;
+    size_t size;
+    int number, line;
+    bool freed = false;
+    const char *name = "";
+    std::vector<char> granule; // of each: closed, readable or writable now
+};
+enum { CLOSED, READABLE, WRITABLE };
+
+// A granule a launch wrote, while the orders are compared: its bytes before and after the first run.
+struct Written { Allocation *of; size_t granule; std::vector<char> before, after; };
+
+// Where a coroutine stopped: the stack pointer, under which its registers lie.
+struct Context {
+    void *sp = nullptr, *fake_stack = nullptr;
+    const void *stack = nullptr;
+    size_t size = 0;
+};
+
+struct Copy { void *to; const void *from; bool valid; int group; }; // a cp.async under way
+
+struct Thread { // a CUDA thread of the block that runs now
+    enum State { FRESH, RUNNING, BARRIER, WARP, RETURNED } state;
+    Context *context;
+    uint3 id;
+    const char *what; // it waits in, at this line
+    int line, copy_group;
+    std::vector<Copy> copies;
+};
+
+struct Warp { // masks have a bit for each lane, `ready` one for each place in the order of lanes
+    unsigned ready, waiting, mask[32];
+    uint64_t value[32], result[32];
+    int argument[32], width[32];
+    float *d[32]; // the operands of mma and ldmatrix
+    unsigned *a[32], *b[32];
+};
+
+// at(i) for i in 0..n-1 takes each of 0..n-1 once: forwards, backwards or somehow.
+struct Order {
+    uint64_t a = 1, b = 0, n = 1;
+    uint64_t at(uint64_t i) const { return (a * i + b) % n; }
+};
+
+struct Shared { // a shared array: its own pages, filled with 0xff as each block starts
+    char *low = nullptr, *high = nullptr, *data = nullptr;
+    size_t size = 0, room = 0;
+    uint64_t block = 0; // that it was last made ready for
+    const char *name = "";
+    void *get();
+    void resize(size_t bytes);
+};
+
+struct Machine {
+    // Memory
+    std::map<uintptr_t, Allocation> allocations; // by the address of the guard page after
+    std::vector<Allocation *> opened;
+    std::vector<Written> written;
+    std::unordered_map<const void *, double> float_sums; // |values| that float atomics added
+    size_t used = 0, limit = (size_t)8 << 30;
+    int numbers = 0, error = 0;
+    int open = 0; // inside a launch or a copy
+    // The launch
+    const char *kernel = nullptr, *file = "";
+    int line = 0;
+    void (*body)(const void *) = nullptr;
+    const void *arguments = nullptr;
+    // The order
+    enum { FORWARD, REVERSE, SHUFFLE, AGREE } order = FORWARD, now = FORWARD;
+    uint64_t seed = 1, random = 1;
+    Order blocks, warps;
+    unsigned char lane_at[32], place_of[32];
+    // The block
+    uint64_t block = 0, blocks_begun = 0;
+    unsigned threads = 0, warp_count = 0, warp_place = 0, arrived = 0, returned = 0;
+    int barrier_line = 0, votes_or = 0, votes_and = 1, votes = 0, result_or = 0, result_and = 0, result = 0;
+    Thread *thread = nullptr; // that runs now; null outside kernels
+    Thread all[1024];
+    Warp warp[32];
+    Shared dynamic;
+    std::vector<Shared *> shared; // static arrays of this block
+    size_t static_shared = 0;
+    // The coroutines
+    Context host, *context = &host;
+    std::vector<Context *> idle, stacks;
+    Machine();
+};
+inline Machine m;
+
+[[noreturn]] __attribute__((noinline, format(printf, 1, 2))) inline void fail(const char *format, ...)
+{
+    char text[1024];
+    va_list list;
+    va_start(list, format);
+    int n = vsnprintf(text, sizeof text, format, list);
+    va_end(list);
+    if (m.kernel && n >= 0 && (size_t)n < sizeof text) {
+        n += snprintf(text + n, sizeof text - n, " [%s at %s:%d", m.kernel, m.file, m.line);
+        if (m.thread)
+            snprintf(text + n, sizeof text - n, ", block (%u,%u,%u), thread (%u,%u,%u)]", blockIdx.x,
+                     blockIdx.y, blockIdx.z, m.thread->id.x, m.thread->id.y, m.thread->id.z);
+        else
+            snprintf(text + n, sizeof text - n, "]");
+    }
+    fflush(stdout);
+    fprintf(stderr, "cuda_on_cpu: %s\n", text);
+    _exit(1);
+}
+
+inline char *map_pages(size_t bytes) // closed ones
+{
+    void *p = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) fail("mmap of %zu bytes failed", bytes);
+    return (char *)p;
+}
+
+inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+// The allocation an address belongs to, guard pages included.
+inline Allocation *find(const void *p)
+{
+    auto it = m.allocations.upper_bound((uintptr_t)p);
+    if (it == m.allocations.end() || (char *)p < it->second.low - PAGE) return nullptr;
+    return &it->second;
+}
+
+inline const char *describe(const Allocation &a)
+{
+    static char text[160];
+    snprintf(text, sizeof text, "allocation %d%s%s of %zu bytes (cudaMalloc at line %d)", a.number,
+             *a.name ? " " : "", a.name, a.size, a.line);
+    return text;
+}
+
+inline void open_granule(Allocation *a, size_t g)
+{
+    char *from = a->low + g * GRANULE, *to = from + GRANULE < a->high ? from + GRANULE : a->high;
+    bool touched = false;
+    for (char s : a->granule) touched |= s != CLOSED;
+    if (!touched) m.opened.push_back(a);
+    if (a->granule[g] == CLOSED) {
+        a->granule[g] = READABLE;
+        mprotect(from, to - from, PROT_READ);
+        return;
+    }
+    a->granule[g] = WRITABLE;
+    mprotect(from, to - from, PROT_READ | PROT_WRITE);
+    if (m.order == Machine::AGREE && m.kernel) {
+        std::vector<char> bytes(from, to);
+        m.written.push_back({a, g, bytes, bytes});
+    }
+}
+
+inline void check_edges(const Allocation &a)
+{
+    for (char *p = a.low; p < a.high; p = p + 1 == a.data ? a.data + a.size : p + 1)
+        if ((p < a.data || p >= a.data + a.size) && *p != (char)0xff)
+            fail("out of bounds: written %td bytes %s %s", p < a.data ? a.data - p : p - a.data - a.size,
+                 p < a.data ? "before" : "past the end of", describe(a));
+}
+
+struct Open { // while one lives, device memory can be touched
+    Open() { m.open++; }
+    ~Open()
+    {
+        if (--m.open) return;
+        for (Allocation *a : m.opened) {
+            if (a->granule[0] == WRITABLE || a->granule.back() == WRITABLE) check_edges(*a);
+            memset(a->granule.data(), CLOSED, a->granule.size());
+            mprotect(a->low, a->high - a->low, PROT_NONE);
+        }
+        m.opened.clear();
+    }
+};
+
+inline struct sigaction old_action[2];
+
+inline void page_fault(int signal, siginfo_t *info, void *)
+{
+    char *p = (char *)info->si_addr;
+    Allocation *a = find(p);
+    if (a && !a->freed && p >= a->low && p < a->high && m.open &&
+        a->granule[(p - a->low) / GRANULE] != WRITABLE)
+        return open_granule(a, (p - a->low) / GRANULE);
+    const char *who = m.open ? m.kernel ? "kernel" : "copy" : "host code";
+    if (a && a->freed) fail("use after cudaFree: %s touched byte %td of %s", who, p - a->data, describe(*a));
+    if (a && p >= a->data + a->size)
+        fail("out of bounds: %s touched %td bytes past the end of %s", who, p - a->data - a->size,
+             describe(*a));
+    if (a && p < a->data)
+        fail("out of bounds: %s touched %td bytes before %s", who, a->data - p, describe(*a));
+    if (a) fail("host code touched device memory: byte %td of %s", p - a->data, describe(*a));
+    for (Shared *s : m.shared)
+        if (p >= s->low - PAGE && p < s->high + PAGE)
+            fail("out of bounds: byte %td of shared %s, which has %zu", p - s->data, s->name, s->size);
+    if (m.dynamic.low && p >= m.dynamic.low - PAGE && p < m.dynamic.low + m.dynamic.room + PAGE)
+        fail("out of bounds: byte %td of dynamic shared memory, which has %zu", p - m.dynamic.data,
+             m.dynamic.size);
+    for (Context *c : m.stacks)
+        if (p >= (char *)c->stack - PAGE && p < (char *)c->stack) fail("a thread's stack overflowed");
+#ifdef __x86_64__
+    if (m.thread && info->si_code == SI_KERNEL) fail("a misaligned vector, or an address beyond any memory");
+#endif
+    if (m.thread && signal == SIGBUS) fail("a misaligned vector at %p", (void *)p);
+    if (m.thread) fail("wild address %p", (void *)p);
+    sigaction(signal, &old_action[signal == SIGBUS], nullptr); // not ours: fault again, as without us
+}
+
+inline uint64_t setting(const char *name, uint64_t otherwise)
+{
+    const char *s = getenv(name);
+    return s && *s ? strtoull(s, nullptr, 10) : otherwise;
+}
+
+inline void set_order(const char *s)
+{
+    m.seed = 1;
+    if (!s || !*s || !strcmp(s, "forward")) m.order = Machine::FORWARD;
+    else if (!strcmp(s, "reverse")) m.order = Machine::REVERSE;
+    else if (!strcmp(s, "agree")) m.order = Machine::AGREE;
+    else if (!strncmp(s, "shuffle", 7)) m.order = Machine::SHUFFLE, m.seed = s[7] ? atoi(s + 8) : 1;
+    else fail("EMU_ORDER is forward, reverse, shuffle:SEED or agree, not \"%s\"", s);
+}
+
+inline Machine::Machine() {}
+struct Start { // faults are handled on a stack of their own: a thread's may be what overflowed
+    Start()
+    {
+        stack_t now, own = {};
+        sigaltstack(nullptr, &now);
+        own.ss_size = 64 << 10;
+        if (now.ss_flags & SS_DISABLE) own.ss_sp = malloc(own.ss_size), sigaltstack(&own, nullptr);
+        struct sigaction act = {};
+        act.sa_sigaction = page_fault;
+        act.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        sigaction(SIGSEGV, &act, &old_action[0]);
+        sigaction(SIGBUS, &act, &old_action[1]);
+        m.limit = setting("EMU_MEMORY", m.limit);
+        set_order(getenv("EMU_ORDER"));
+    }
+};
+inline Start start;
+
+// ----------------------------------------------------------------------------------- coroutines
+
+// Saves the registers that a call must keep, and the stack pointer in *from; goes on where `to` stopped.
+extern "C" void emu_switch(void **from, void *to);
+#if defined __linux__ && defined __x86_64__
+__asm__(".pushsection .text\n.weak emu_switch\n.type emu_switch,@function\nemu_switch:\n"
+        "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
+        "mov %rsp,(%rdi)\nmov %rsi,%rsp\n"
+        "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n"
+        ".size emu_switch,.-emu_switch\n.popsection\n");
+inline void *first_sp(char *top, void (*entry)())
+{
+    void **sp = (void **)top - 8; // six registers, the address to go to, and no caller
+    memset(sp, 0, 8 * sizeof *sp);
+    sp[6] = (void *)entry;
+    return sp;
+}
+#elif defined __linux__ && defined __aarch64__
+__asm__(".pushsection .text\n.weak emu_switch\n.type emu_switch,%function\nemu_switch:\n"
+        "stp x29,x30,[sp,-160]!\nstp x19,x20,[sp,16]\nstp x21,x22,[sp,32]\nstp x23,x24,[sp,48]\n"
+        "stp x25,x26,[sp,64]\nstp x27,x28,[sp,80]\nstp d8,d9,[sp,96]\nstp d10,d11,[sp,112]\n"
+        "stp d12,d13,[sp,128]\nstp d14,d15,[sp,144]\nmov x9,sp\nstr x9,[x0]\nmov sp,x1\n"
+        "ldp x19,x20,[sp,16]\nldp x21,x22,[sp,32]\nldp x23,x24,[sp,48]\nldp x25,x26,[sp,64]\n"
+        "ldp x27,x28,[sp,80]\nldp d8,d9,[sp,96]\nldp d10,d11,[sp,112]\nldp d12,d13,[sp,128]\n"
+        "ldp d14,d15,[sp,144]\nldp x29,x30,[sp],160\nret\n"
+        ".size emu_switch,.-emu_switch\n.popsection\n");
+inline void *first_sp(char *top, void (*entry)())
+{
+    void **sp = (void **)top - 20;
+    memset(sp, 0, 20 * sizeof *sp);
+    sp[1] = (void *)entry;
+    return sp;
+}
+#else // any other machine: the C library's own, slower as it saves the signal mask each time
+extern "C" inline void emu_switch(void **from, void *to)
+{
+    ucontext_t here;
+    *from = &here;
+    swapcontext(&here, (ucontext_t *)to);
+}
+inline void *first_sp(char *top, void (*entry)())
+{
+    ucontext_t *c = (ucontext_t *)(top - round_up(sizeof *c, 64));
+    getcontext(c);
+    c->uc_stack.ss_sp = top - STACK / 2;
+    c->uc_stack.ss_size = (size_t)((char *)c - (top - STACK / 2));
+    makecontext(c, entry, 0);
+    return c;
+}
+#endif
+
+inline void switched(Context *me) // just after a switch to me
+{
+#ifdef EMU_ASAN
+    Context *last = m.context;
+    const void *bottom;
+    size_t size;
+    __sanitizer_finish_switch_fiber(me->fake_stack, &bottom, &size);
+    if (last == &m.host) last->stack = bottom, last->size = size;
+#endif
+    m.context = me;
+}
+
+inline void switch_to(Context *to)
+{
+    Context *me = m.context;
+#ifdef EMU_ASAN
+    __sanitizer_start_switch_fiber(&me->fake_stack, to->stack, to->size);
+#endif
+    emu_switch(&me->sp, to->sp);
+    switched(me);
+}
+
+// -------------------------------------------------------------------------------------- a block
+
+inline uint64_t next_random()
+{
+    m.random ^= m.random << 13, m.random ^= m.random >> 7, m.random ^= m.random << 17;
+    return m.random;
+}
+
+inline Order make_order(uint64_t n)
+{
+    if (m.now == Machine::FORWARD) return {1, 0, n};
+    if (m.now == Machine::REVERSE) return {n - 1, n - 1, n};
+    Order o = {1, next_random() % n, n};
+    do o.a = next_random() % n; while (std::gcd(o.a, n) != 1);
+    return o;
+}
+
+inline void Shared::resize(size_t bytes)
+{
+    if (bytes > room || !low) {
+        room = round_up(bytes ? bytes : 1, PAGE);
+        low = map_pages(room + 2 * PAGE) + PAGE;
+        mprotect(low, room, PROT_READ | PROT_WRITE);
+    }
+    high = low + room;
+    size = bytes;
+    data = high - round_up(bytes, 16);
+}
+
+inline void *Shared::get() // the first thread of a block to come here makes it ready
+{
+    if (block != m.block) {
+        block = m.block;
+        memset(low, 0xff, room);
+        m.shared.push_back(this);
+        if ((m.static_shared += round_up(size, 16)) > STATIC_SHARED)
+            fail("%zu bytes of static shared memory; a block can have %zu", m.static_shared, STATIC_SHARED);
+    }
+    return data;
+}
+
+inline void check_shared(const Shared &s)
+{
+    for (char *p = s.data + s.size; p < s.high; p++)
+        if (*p != (char)0xff) fail("out of bounds: written past the end of shared %s, %zu bytes", s.name, s.size);
+}
+
+inline bool next_block() // false: there is none
+{
+    for (Shared *s : m.shared) check_shared(*s);
+    if (m.block) check_shared(m.dynamic);
+    if (m.blocks_begun == m.blocks.n) return false;
+    uint64_t i = m.blocks.at(m.blocks_begun++);
+    blockIdx = {(unsigned)(i % gridDim.x), (unsigned)(i / gridDim.x % gridDim.y),
+                (unsigned)(i / gridDim.x / gridDim.y)};
+    m.block++;
+    m.shared.clear();
+    m.static_shared = 0;
+    memset(m.dynamic.low, 0xff, m.dynamic.room);
+    if (m.blocks_begun == 1 || m.now == Machine::SHUFFLE) {
+        m.warps = make_order(m.warp_count);
+        Order lanes = make_order(32);
+        for (int i = 0; i < 32; i++) m.place_of[m.lane_at[i] = (unsigned char)lanes.at(i)] = (unsigned char)i;
+    }
+    for (unsigned w = 0; w < m.warp_count; w++) {
+        m.warp[w].ready = m.warp[w].waiting = 0;
+        for (unsigned l = 0; l < 32 && w * 32 + l < m.threads; l++) m.warp[w].ready |= 1u << m.place_of[l];
+    }
+    for (unsigned t = 0; t < m.threads; t++) m.all[t].state = Thread::FRESH;
+    m.warp_place = m.arrived = m.returned = 0;
+    m.votes_or = m.votes = 0, m.votes_and = 1;
+    return true;
+}
+
+inline const char *doing(const Thread &t)
+{
+    static char text[96];
+    if (t.state == Thread::RETURNED) return "has returned";
+    snprintf(text, sizeof text, "waits in %s at line %d", t.what, t.line);
+    return text;
+}
+
+// No thread can go on, and not all have returned: say who waits for whom.
+[[noreturn]] inline void stuck()
+{
+    for (unsigned t = 0; t < m.threads; t++) { // a lane that waits for lanes which do not come
+        if (m.all[t].state != Thread::WARP) continue;
+        Warp &w = m.warp[t / 32];
+        unsigned missing = w.mask[t % 32] & ~w.waiting, l = (unsigned)__builtin_ctz(missing);
+        unsigned other = t / 32 * 32 + l;
+        m.thread = &m.all[t];
+        fail("%s at line %d waits for lanes 0x%08x of mask 0x%08x: lane %u %s", m.all[t].what, m.all[t].line,
+             missing, w.mask[t % 32], l, other < m.threads ? doing(m.all[other]) : "does not exist");
+    }
+    const Thread *waits = nullptr, *gone = nullptr;
+    for (unsigned t = m.threads; t--;) (m.all[t].state == Thread::BARRIER ? waits : gone) = &m.all[t];
+    m.thread = nullptr;
+    fail("barrier not reached by all threads: %u of %u wait in %s at line %d, block (%u,%u,%u); thread "
+         "(%u,%u,%u) %s", m.arrived, m.threads, waits->what, waits->line, blockIdx.x, blockIdx.y, blockIdx.z,
+         gone->id.x, gone->id.y, gone->id.z, doing(*gone));
+}
+
+inline Thread *pick() // the thread to run next, or null where the launch is over
+{
+    for (;;) {
+        for (; m.warp_place < m.warp_count; m.warp_place++) {
+            unsigned w = (unsigned)m.warps.at(m.warp_place);
+            if (!m.warp[w].ready) continue;
+            unsigned lane = m.lane_at[__builtin_ctz(m.warp[w].ready)];
+            m.warp[w].ready &= m.warp[w].ready - 1;
+            return &m.all[w * 32 + lane];
+        }
+        if (m.returned < m.threads) stuck();
+        if (!next_block()) return nullptr;
+    }
+}
+
+inline void become(Thread *t) { m.thread = t, threadIdx = t->id; }
+
+// What a stack does for its whole life: runs fresh threads from beginning to end, one after the other.
+inline void run_threads()
+{
+    switched(m.idle.back());
+    m.idle.pop_back();
+    for (;;) {
+        Thread *t = m.thread;
+        t->state = Thread::RUNNING;
+        t->context = m.context;
+        m.body(m.arguments);
+        t->state = Thread::RETURNED;
+        t->copies.clear();
+        m.returned++;
+        Thread *next = pick();
+        if (next) become(next);
+        if (next && next->state == Thread::FRESH) continue;
+        Context *me = m.context;
+        m.idle.push_back(me);
+        switch_to(next ? next->context : &m.host);
+        m.idle.pop_back();
+    }
+}
+
+// A stack for a fresh thread: the last of m.idle, whose owner takes it from there.
+inline Context *idle_stack()
+{
+    if (m.idle.empty()) {
+        Context *c = new Context;
+        char *low = map_pages(STACK + PAGE) + PAGE;
+        mprotect(low, STACK, PROT_READ | PROT_WRITE);
+        c->stack = low;
+        c->size = STACK;
+        // Not all from a page's top, or the stacks would compete for the same few lines of the cache.
+        c->sp = first_sp(low + STACK - m.stacks.size() % 61 * 192, run_threads);
+        m.stacks.push_back(c);
+        m.idle.push_back(c);
+    }
+    return m.idle.back();
+}
+
+inline void wait(Thread::State state, const char *what, int line)
+{
+    Thread *me = m.thread;
+    me->state = state;
+    me->what = what;
+    me->line = line;
+    Thread *next = pick(); // not null: I have not returned
+    become(next);
+    if (next != me) switch_to(next->state == Thread::FRESH ? idle_stack() : next->context);
+    me->state = Thread::RUNNING;
+}
+
+inline void barrier(const char *what, int line, int vote = 0)
+{
+    if (!m.thread) fail("%s at line %d outside a kernel", what, line);
+    if (m.arrived++ == 0) m.barrier_line = line;
+    if (m.barrier_line != line)
+        fail("threads of one block at different barriers: lines %d and %d", m.barrier_line, line);
+    m.votes_or |= !!vote, m.votes_and &= !!vote, m.votes += !!vote;
+    if (m.arrived == m.threads) { // the last: all go on, from the first in order
+        m.result_or = m.votes_or, m.result_and = m.votes_and, m.result = m.votes;
+        m.votes_or = m.votes = m.arrived = m.warp_place = 0, m.votes_and = 1;
+        for (unsigned t = 0; t < m.threads; t++) m.warp[t / 32].ready |= 1u << m.place_of[t % 32];
+    }
+    wait(Thread::BARRIER, what, line);
+}
+
+inline void run_grid()
+{
+    m.random = m.seed * 0x9E3779B97F4A7C15u | 1;
+    for (int i = 0; i < 9; i++) next_random();
+    m.blocks = make_order((uint64_t)gridDim.x * gridDim.y * gridDim.z);
+    m.blocks_begun = 0;
+    m.block++;
+    next_block();
+    become(pick());
+    switch_to(idle_stack());
+    m.thread = nullptr;
+}
+
+inline void compare_written(const char *order)
+{
+    for (Written &w : m.written) {
+        char *now = w.of->low + w.granule * GRANULE;
+        for (size_t i = 0; i < w.after.size(); i += 4) {
+            if (!memcmp(now + i, &w.after[i], 4)) continue;
+            float x, y, before;
+            memcpy(&x, now + i, 4), memcpy(&y, &w.after[i], 4), memcpy(&before, &w.before[i], 4);
+            auto sum = m.float_sums.find(now + i);
+            if (sum != m.float_sums.end() && std::fabs(x - y) <= 1e-5 * (sum->second + std::fabs(before)))
+                continue; // what float atomics added to: equal but for rounding
+            fail("orders disagree, a barrier or an atomic is missing: byte %td of %s is %g as float forwards, "
+                 "%g %s", now + i - w.of->data, describe(*w.of), y, x, order);
+        }
+    }
+}
+
+// Runs the launch in each order from the same memory, and compares all that was written.
+inline void run_and_agree()
+{
+    const char *names[] = {"forward", "reverse", "shuffled"};
+    m.written.clear();
+    m.float_sums.clear();
+    for (int i = 0; i < 3; i++) {
+        m.now = i == 0 ? Machine::FORWARD : i == 1 ? Machine::REVERSE : Machine::SHUFFLE;
+        for (Written &w : m.written) {
+            char *p = w.of->low + w.granule * GRANULE;
+            if (i == 1) w.after.assign(p, p + w.after.size());
+            memcpy(p, w.before.data(), w.before.size());
+        }
+        run_grid();
+        if (i) compare_written(names[i]);
+    }
+    m.written.clear();
+}
+
+inline bool is_device(const void *p)
+{
+    const Allocation *a = find(p);
+    return a && !a->freed && p >= a->data && p <= a->data + a->size;
+}
+
+inline std::map<const void *, size_t> pinned; // what cudaMallocHost gave
+
+template <class T> void check_argument(int i, const T &value)
+{
+    if constexpr (std::is_pointer<T>::value) {
+        auto p = pinned.upper_bound((const void *)value);
+        bool host = p == pinned.begin() || (--p, (char *)value > (char *)p->first + p->second);
+        if (value && !std::is_function<typename std::remove_pointer<T>::type>::value &&
+            !is_device((const void *)value) && host)
+            fail("argument %d is not device memory but a host pointer, %p", i, (const void *)value);
+    } else (void)i, (void)value;
+}
+
+inline bool launch_fits(dim3 g, dim3 b, size_t shared)
+{
+    return g.x && g.y && g.z && b.x && b.y && b.z && g.x < 1u << 31 && g.y < 65536 && g.z < 65536 &&
+           b.x <= 1024 && b.y <= 1024 && b.z <= 64 && (uint64_t)b.x * b.y * b.z <= 1024 && shared <= MAX_SHARED;
+}
+
+inline std::map<const void *, size_t> shared_limit; // what cudaFuncSetAttribute allowed
+
+template <class T> struct Same { typedef T type; };
+
+template <class... P>
+void launch(const char *name, const char *file, int line, void (*kernel)(P...), dim3 grid, dim3 block,
+            size_t shared, typename Same<P>::type... args)
+{
+    auto limit = shared_limit.find((const void *)kernel);
+    if (!launch_fits(grid, block, shared)) { m.error = 9; return; } // cudaErrorInvalidConfiguration
+    if (shared > (limit == shared_limit.end() ? STATIC_SHARED : limit->second)) { m.error = 1; return; }
+    struct Call { void (*kernel)(P...); std::tuple<P...> args; } call = {kernel, {args...}};
+    Open open;
+    m.kernel = name, m.file = file, m.line = line;
+    int i = 0;
+    (void)i, (check_argument(++i, args), ...);
+    m.arguments = &call;
+    m.body = [](const void *c) {
+        std::apply(((const Call *)c)->kernel, std::tuple<P...>(((const Call *)c)->args));
+    };
+    unsigned threads = block.x * block.y * block.z;
+    if (threads != m.threads || block.x != blockDim.x || block.y != blockDim.y)
+        for (unsigned t = 0; t < threads; t++) m.all[t].id = {t % block.x, t / block.x % block.y, t / block.x / block.y};
+    gridDim = grid, blockDim = block;
+    m.threads = threads, m.warp_count = (threads + 31) / 32;
+    m.dynamic.resize(shared);
+    m.now = m.order;
+    if (m.order == Machine::AGREE) run_and_agree();
+    else run_grid();
+    m.kernel = nullptr;
+}
+
+template <class T> struct SharedOf : Shared { // a static one; T is the array's type
+    explicit SharedOf(const char *n) { name = n, resize(sizeof(T)); }
+    T &get() { return *(T *)Shared::get(); }
+};
+
+// ------------------------------------------------------------- where the lanes of a warp meet
+
+enum Op { SHFL, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, SYNCWARP, MMA, LDMATRIX, LDMATRIX_T };
+inline const char *const op_name[] = {
+    "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync", "__any_sync",
+    "__all_sync", "__syncwarp", "mma_16x8x16", "ldmatrix", "ldmatrix_trans",
+};
+
+inline float bf16_at(const unsigned *registers, int i) // two in each register
+{
+    unsigned bits = (i % 2 ? registers[i / 2] : registers[i / 2] << 16) & 0xffff0000u;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+// D[16][8] += A[16][16] B[16][8]. With g = lane / 4 and q = lane % 4 a lane holds (PTX, mma.m16n8k16):
+// of A rows g (a0, a1, a4, a5) and g + 8, columns 2q, 2q + 1 (a0..a3) and 8 more; of B rows 2q, 2q + 1
+// and 8 more of column g; of D columns 2q, 2q + 1 of rows g and g + 8.
+inline void run_mma(Warp &w)
+{
+    float a[16][16], b[8][16];
+    for (int lane = 0; lane < 32; lane++) {
+        int g = lane / 4, q = lane % 4;
+        for (int i = 0; i < 8; i++) a[g + i / 2 % 2 * 8][2 * q + i % 2 + i / 4 * 8] = bf16_at(w.a[lane], i);
+        for (int i = 0; i < 4; i++) b[g][2 * q + i % 2 + i / 2 * 8] = bf16_at(w.b[lane], i);
+    }
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++) {
+            const float *x = a[lane / 4 + i / 2 * 8], *y = b[lane % 4 * 2 + i % 2];
+            float s = 0;
+            for (int k = 0; k < 16; k++) s += x[k] * y[k];
+            w.d[lane][i] += s;
+        }
+}
+
+// n matrices of 8 rows of 8 bf16; lane 8 i + j names row j of matrix i. A lane gets elements 2q, 2q + 1 of
+// row g of each; transposed, of column g.
+inline void run_ldmatrix(Warp &w, int n, bool transposed)
+{
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < n; i++) {
+            int g = lane / 4, q = lane % 4;
+            const uint16_t *r0 = (const uint16_t *)w.b[8 * i + (transposed ? 2 * q : g)];
+            const uint16_t *r1 = (const uint16_t *)w.b[8 * i + (transposed ? 2 * q + 1 : g)];
+            w.a[lane][i] = transposed ? r0[g] | (unsigned)r1[g] << 16 : r0[2 * q] | (unsigned)r1[2 * q + 1] << 16;
+        }
+}
+
+inline void run_op(Warp &w, Op op, unsigned mask)
+{
+    unsigned votes = 0;
+    for (unsigned l = 0; l < 32; l++)
+        if (mask >> l & 1 && w.value[l]) votes |= 1u << l;
+    if (op == MMA) return run_mma(w);
+    if (op == LDMATRIX || op == LDMATRIX_T) return run_ldmatrix(w, w.argument[0], op == LDMATRIX_T);
+    for (int lane = 0; lane < 32; lane++) {
+        if (!(mask >> lane & 1)) continue;
+        int n = w.width[lane], arg = w.argument[lane], first = lane & ~(n - 1), from = lane;
+        if (op == BALLOT) w.result[lane] = votes;
+        if (op == ANY) w.result[lane] = votes != 0;
+        if (op == ALL) w.result[lane] = votes == mask;
+        if (op == SHFL) from = first + (arg & (n - 1));
+        if (op == SHFL_UP && lane - arg >= first) from = lane - arg;
+        if (op == SHFL_DOWN && lane + arg < first + n) from = lane + arg;
+        if (op == SHFL_XOR && (lane ^ arg) < first + n) from = lane ^ arg;
+        if (op > SHFL_XOR) continue;
+        if (!(mask >> from & 1))
+            fail("%s: lane %d reads lane %d, which is not in mask 0x%08x", op_name[op], lane, from, mask);
+        w.result[lane] = w.value[from];
+    }
+}
+
+// A lane comes to op with what it brings; the last lane of the mask does the work for all.
+inline uint64_t meet(Op op, unsigned mask, int line, uint64_t value = 0, int argument = 0, int width = 32,
+                     float *d = nullptr, unsigned *a = nullptr, const void *b = nullptr)
+{
+    if (!m.thread) fail("%s at line %d outside a kernel", op_name[op], line);
+    unsigned t = (unsigned)(m.thread - m.all), lane = t % 32;
+    Warp &w = m.warp[t / 32];
+    if (!(mask >> lane & 1)) fail("%s at line %d: lane %u is not in its own mask 0x%08x", op_name[op], line, lane, mask);
+    if (width < 1 || width > 32 || width & (width - 1)) fail("%s at line %d: width %d", op_name[op], line, width);
+    w.waiting |= 1u << lane;
+    w.mask[lane] = mask;
+    w.value[lane] = value, w.argument[lane] = argument, w.width[lane] = width;
+    w.d[lane] = d, w.a[lane] = a, w.b[lane] = (unsigned *)b;
+    if ((w.waiting & mask) == mask) {
+        for (unsigned l = 0, rest = mask; rest; rest &= rest - 1) {
+            const Thread &other = m.all[t / 32 * 32 + (l = (unsigned)__builtin_ctz(rest))];
+            if (l != lane && (w.mask[l] != mask || other.what != op_name[op] || other.line != line))
+                fail("%s at line %d, mask 0x%08x, but lane %u %s, mask 0x%08x", op_name[op], line, mask, l,
+                     doing(other), w.mask[l]);
+        }
+        run_op(w, op, mask);
+        w.waiting &= ~mask;
+        for (unsigned rest = mask; rest; rest &= rest - 1) w.ready |= 1u << m.place_of[__builtin_ctz(rest)];
+    }
+    wait(Thread::WARP, op_name[op], line);
+    return w.result[lane];
+}
+
+template <class T> T shuffle(Op op, unsigned mask, T v, int argument, int width, int line)
+{
+    static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "a shuffle moves 8 bytes at most");
+    uint64_t bits = 0;
+    memcpy(&bits, &v, sizeof v);
+    bits = meet(op, mask, line, bits, argument, width);
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+inline void need_shared(const char *what, const void *p, int line)
+{
+    if ((uintptr_t)p % 16) fail("%s at line %d: address %p is not a multiple of 16", what, line, p);
+    if (find(p)) fail("%s at line %d: address %p is not in shared memory", what, line, p);
+}
+
+inline void do_copy(const Copy &c)
+{
+    if (c.valid) memcpy(c.to, c.from, 16);
+    else memset(c.to, 0, 16);
+}
+
+} // namespace emu
+
+#define LAUNCH(kernel, grid, block, shared_bytes, ...) \
+    emu::launch(#kernel, __FILE__, __LINE__, kernel, grid, block, shared_bytes, ##__VA_ARGS__)
+#define SHARED(type, name, ...) \
+    static emu::SharedOf<type __VA_ARGS__> name##_pages(#name); \
+    auto &name = name##_pages.get()
+#define DYNAMIC_SHARED(type, name) type *name = (type *)emu::m.dynamic.data
+
+static inline void emu_order(const char *order) { emu::set_order(order); }
+static inline void emu_name(const void *device, const char *name) // for the messages
+{
+    if (emu::Allocation *a = emu::find(device)) a->name = name;
+}
+
+static inline void __syncthreads(EMU_HERE) { emu::barrier("__syncthreads", line); }
+static inline int __syncthreads_or(int p, EMU_HERE) { return emu::barrier("__syncthreads_or", line, p), emu::m.result_or; }
+static inline int __syncthreads_and(int p, EMU_HERE) { return emu::barrier("__syncthreads_and", line, p), emu::m.result_and; }
+static inline int __syncthreads_count(int p, EMU_HERE) { return emu::barrier("__syncthreads_count", line, p), emu::m.result; }
+static inline void __syncwarp(unsigned mask = ~0u, EMU_HERE) { emu::meet(emu::SYNCWARP, mask, line); }
+static inline unsigned __ballot_sync(unsigned mask, int p, EMU_HERE) { return (unsigned)emu::meet(emu::BALLOT, mask, line, p != 0); }
+static inline int __any_sync(unsigned mask, int p, EMU_HERE) { return (int)emu::meet(emu::ANY, mask, line, p != 0); }
+static inline int __all_sync(unsigned mask, int p, EMU_HERE) { return (int)emu::meet(emu::ALL, mask, line, p != 0); }
+// CUDA promises nothing of which other lanes run with this one: here none does.
+static inline unsigned __activemask() { return 1u << (emu::m.thread - emu::m.all) % 32; }
+#define EMU_SHUFFLE(name, op, type) \
+    template <class T> T name(unsigned mask, T v, type by, int width = 32, EMU_HERE) \
+    { return emu::shuffle(emu::op, mask, v, (int)by, width, line); }
+EMU_SHUFFLE(__shfl_sync, SHFL, int)
+EMU_SHUFFLE(__shfl_up_sync, SHFL_UP, unsigned)
+EMU_SHUFFLE(__shfl_down_sync, SHFL_DOWN, unsigned)
+EMU_SHUFFLE(__shfl_xor_sync, SHFL_XOR, int)
+
+static inline void mma_16x8x16(float d[4], const unsigned a[4], const unsigned b[2], EMU_HERE)
+{
+    emu::meet(emu::MMA, ~0u, line, 0, 0, 32, d, (unsigned *)a, b);
+}
+#define EMU_LDMATRIX(name, n, op) \
+    static inline void name(unsigned r[n], const void *row, EMU_HERE) \
+    { \
+        if ((emu::m.thread - emu::m.all) % 32 < 8 * n) emu::need_shared(#name, row, line); \
+        emu::meet(emu::op, ~0u, line, 0, n, 32, nullptr, r, row); \
+    }
+EMU_LDMATRIX(ldmatrix_x2, 2, LDMATRIX)
+EMU_LDMATRIX(ldmatrix_x4, 4, LDMATRIX)
+EMU_LDMATRIX(ldmatrix_x2_trans, 2, LDMATRIX_T)
+EMU_LDMATRIX(ldmatrix_x4_trans, 4, LDMATRIX_T)
+
+// The hardware may copy at any time until the wait. Forwards the copy is made as late as can be, else at
+// once: what is right in both does not depend on when.
+static inline void cp_async_16(void *shared, const void *global, bool valid, EMU_HERE)
+{
+    emu::Thread *t = emu::m.thread;
+    emu::need_shared("cp_async_16", shared, line);
+    if ((uintptr_t)global % 16) emu::fail("cp_async_16 at line %d: address %p is not a multiple of 16", line, global);
+    if (emu::m.now == emu::Machine::FORWARD) t->copies.push_back({shared, global, valid, t->copy_group});
+    else emu::do_copy({shared, global, valid, 0});
+}
+static inline void cp_async_commit() { emu::m.thread->copy_group++; }
+template <int N> void cp_async_wait() // until all but the last N groups are here
+{
+    emu::Thread *t = emu::m.thread;
+    std::vector<emu::Copy> later;
+    for (const emu::Copy &c : t->copies)
+        if (c.group < t->copy_group - N) emu::do_copy(c);
+        else later.push_back(c);
+    t->copies.swap(later);
+}
+
+// ----------------------------------------------------------------------------- atomics and maths
+
+#define EMU_ATOMIC(name, expression) \
+    template <class T> T name(T *p, typename emu::Same<T>::type v) \
+    { T old = *p; *p = (T)(expression); return old; }
+EMU_ATOMIC(atomicSub, old - v)
+EMU_ATOMIC(atomicExch, v)
+EMU_ATOMIC(atomicMax, old > v ? old : v)
+EMU_ATOMIC(atomicMin, old < v ? old : v)
+EMU_ATOMIC(atomicAnd, old & v)
+EMU_ATOMIC(atomicOr, old | v)
+EMU_ATOMIC(atomicXor, old ^ v)
+static inline unsigned atomicInc(unsigned *p, unsigned limit) { unsigned old = *p; *p = old >= limit ? 0 : old + 1; return old; }
+template <class T> T atomicAdd(T *p, typename emu::Same<T>::type v)
+{
+    if (std::is_same<T, float>::value && emu::m.order == emu::Machine::AGREE)
+        emu::m.float_sums[p] += std::fabs((double)v);
+    T old = *p;
+    *p = (T)(old + v);
+    return old;
+}
+template <class T> T atomicCAS(T *p, typename emu::Same<T>::type expected, typename emu::Same<T>::type v)
+{
+    T old = *p;
+    if (old == expected) *p = v;
+    return old;
+}
+
+template <class To, class From> To emu_bits(From v) { To t; static_assert(sizeof t == sizeof v, ""); memcpy(&t, &v, sizeof t); return t; }
+static inline unsigned __float_as_uint(float f) { return emu_bits<unsigned>(f); }
+static inline int __float_as_int(float f) { return emu_bits<int>(f); }
+static inline float __uint_as_float(unsigned u) { return emu_bits<float>(u); }
+static inline float __int_as_float(int i) { return emu_bits<float>(i); }
+static inline int __popc(unsigned u) { return __builtin_popcount(u); }
+static inline int __ffs(int u) { return __builtin_ffs(u); }
+static inline int __clz(int u) { return u ? __builtin_clz((unsigned)u) : 32; }
+static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+#define __expf(x) expf(x) // macros: the C library has functions of these names
+#define __logf(x) logf(x)
+static inline float __fdividef(float x, float y) { return x / y; }
+static inline float __frcp_rn(float x) { return 1.0f / x; }
+static inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
+static inline float __fmul_rn(float x, float y) { return x * y; }
+static inline float __fadd_rn(float x, float y) { return x + y; }
+static inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }
+static inline void __threadfence() {}
+static inline void __threadfence_block() {}
+[[noreturn]] static inline void __trap() { emu::fail("__trap"); }
+template <class T> T __ldg(const T *p) { return *p; }
+template <class T> T __ldcs(const T *p) { return *p; }
+template <class T> T __ldcg(const T *p) { return *p; }
+template <class T> void __stcs(T *p, typename emu::Same<T>::type v) { *p = v; }
+template <class T> void __stcg(T *p, typename emu::Same<T>::type v) { *p = v; }
+
+// ------------------------------------------------------------------------------------- bfloat16
+
+// The upper half of a float, rounded to the nearest, ties to even; every NaN becomes 0x7fff, as on a GPU.
+struct __nv_bfloat16 {
+    unsigned short __x;
+    __nv_bfloat16() = default;
+    __nv_bfloat16(float f)
+    {
+        unsigned u = emu_bits<unsigned>(f);
+        __x = (u & 0x7fffffff) > 0x7f800000 ? 0x7fff : (unsigned short)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+    }
+    operator float() const { return emu_bits<float>((unsigned)__x << 16); }
+};
+struct alignas(4) __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+typedef __nv_bfloat16 nv_bfloat16;
+typedef __nv_bfloat162 nv_bfloat162;
+#define EMU_BF16_OPERATOR(op, function) \
+    static inline __nv_bfloat16 operator op(__nv_bfloat16 a, __nv_bfloat16 b) { return (float)a op (float)b; } \
+    static inline __nv_bfloat16 function(__nv_bfloat16 a, __nv_bfloat16 b) { return a op b; } \
+    static inline __nv_bfloat162 function##2(__nv_bfloat162 a, __nv_bfloat162 b) { return {a.x op b.x, a.y op b.y}; }
+EMU_BF16_OPERATOR(+, __hadd)
+EMU_BF16_OPERATOR(-, __hsub)
+EMU_BF16_OPERATOR(*, __hmul)
+static inline float __bfloat162float(__nv_bfloat16 b) { return b; }
+static inline __nv_bfloat16 __float2bfloat16(float f) { return f; }
+static inline __nv_bfloat16 __float2bfloat16_rn(float f) { return f; }
+static inline float __low2float(__nv_bfloat162 v) { return v.x; }
+static inline float __high2float(__nv_bfloat162 v) { return v.y; }
+static inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 v) { return v.x; }
+static inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 v) { return v.y; }
+static inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {v.x, v.y}; }
+static inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
+static inline __nv_bfloat162 __float22bfloat162_rn(float2 f) { return {f.x, f.y}; }
+static inline __nv_bfloat162 __float2bfloat162_rn(float f) { return {f, f}; }
+static inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
+static inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 x) { return {x, x}; }
+static inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) { return b.__x; }
+static inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u) { return emu_bits<__nv_bfloat16>(u); }
+
+// ------------------------------------------------------------------------------ the runtime's API
+
+enum cudaError_t {
+    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
+    cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209,
+};
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault,
+};
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+};
+enum { cudaStreamDefault, cudaStreamNonBlocking, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
+struct CUstream_st { int unused; };
+struct CUevent_st { timespec time; };
+typedef CUstream_st *cudaStream_t;
+typedef CUevent_st *cudaEvent_t;
+struct cudaDeviceProp {
+    char name[256];
+    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
+    int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor;
+    int regsPerBlock, regsPerMultiprocessor, l2CacheSize, memoryBusWidth;
+};
+#define CUDART_VERSION 12000
+
+static inline const char *cudaGetErrorString(cudaError_t e)
+{
+    switch (e) { // the runtime's own words
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+    }
+    return "unrecognized error code";
+}
+static inline cudaError_t emu_return(cudaError_t e) { if (e) emu::m.error = e; return e; }
+static inline cudaError_t cudaPeekAtLastError() { return (cudaError_t)emu::m.error; }
+static inline cudaError_t cudaGetLastError() { cudaError_t e = (cudaError_t)emu::m.error; emu::m.error = 0; return e; }
+static inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+static inline cudaError_t cudaDriverGetVersion(int *v) { *v = (int)emu::setting("EMU_DRIVER", CUDART_VERSION); return cudaSuccess; }
+static inline cudaError_t cudaRuntimeGetVersion(int *v) { *v = CUDART_VERSION; return cudaSuccess; }
+static inline cudaError_t cudaGetDeviceCount(int *n)
+{
+    int driver;
+    cudaDriverGetVersion(&driver);
+    *n = 0;
+    if (driver < CUDART_VERSION / 1000 * 1000) return emu_return(cudaErrorInsufficientDriver);
+    *n = (int)emu::setting("EMU_DEVICES", 1);
+    return *n ? cudaSuccess : emu_return(cudaErrorNoDevice);
+}
+static inline cudaError_t cudaSetDevice(int i) { int n; cudaError_t e = cudaGetDeviceCount(&n); return e ? e : i < 0 || i >= n ? emu_return(cudaErrorInvalidDevice) : e; }
+static inline cudaError_t cudaGetDevice(int *i) { *i = 0; return cudaSuccess; }
+static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int i)
+{
+    cudaError_t e = cudaSetDevice(i);
+    if (e) return e;
+    int cc = (int)emu::setting("EMU_CC", 90);
+    *p = {"CPU (cuda_on_cpu.h)", emu::m.limit, emu::STATIC_SHARED, emu::MAX_SHARED, 228 << 10, cc / 10, cc % 10, 4, 32,
+          1024, 2048, 65536, 65536, 1 << 20, 64};
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) { *total = emu::m.limit, *free_bytes = emu::m.limit - emu::m.used; return cudaSuccess; }
+
+template <class T> cudaError_t cudaMalloc(T **p, size_t size, EMU_HERE)
+{
+    using namespace emu;
+    *p = nullptr;
+    if (!size) return cudaSuccess;
+    if (size > m.limit - m.used) return emu_return(cudaErrorMemoryAllocation);
+    size_t pages = round_up(size, PAGE);
+    char *low = map_pages(pages + 2 * PAGE) + PAGE;
+    Allocation a;
+    a.low = low, a.high = low + pages, a.data = a.high - round_up(size, 16);
+    a.size = size, a.number = ++m.numbers, a.line = line;
+    a.granule.assign(round_up(pages, GRANULE) / GRANULE, CLOSED);
+    mprotect(low, pages, PROT_READ | PROT_WRITE);
+    memset(low, 0xff, pages);
+    mprotect(low, pages, PROT_NONE);
+    m.allocations[(uintptr_t)a.high + PAGE] = a;
+    m.used += size;
+    *p = (T *)a.data;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaFree(void *p)
+{
+    using namespace emu;
+    if (!p) return cudaSuccess;
+    Allocation *a = find(p);
+    if (!a || a->freed || a->data != p) fail("cudaFree of %p, which cudaMalloc did not give, or twice", p);
+    a->freed = true;
+    m.used -= a->size;
+    mmap(a->low, a->high - a->low, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    return cudaSuccess;
+}
+template <class T> cudaError_t cudaMallocHost(T **p, size_t size)
+{
+    *p = (T *)malloc(size ? size : 1);
+    emu::pinned[*p] = size;
+    return *p ? cudaSuccess : emu_return(cudaErrorMemoryAllocation);
+}
+static inline cudaError_t cudaFreeHost(void *p) { emu::pinned.erase(p); free(p); return cudaSuccess; }
+
+static inline void emu_need_range(const char *what, const void *p, size_t size, bool device)
+{
+    emu::Allocation *a = emu::find(p);
+    if (device && !a) emu::fail("%s: %p is not device memory", what, p);
+    if (!device && a) emu::fail("%s: %p is device memory, %s", what, p, emu::describe(*a));
+    if (a && (a->freed || (char *)p < a->data || (char *)p + size > a->data + a->size))
+        emu::fail("%s: %zu bytes from byte %td of %s%s", what, size, (char *)p - a->data, a->freed ? "freed " : "", emu::describe(*a));
+}
+static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind kind)
+{
+    if (!size) return cudaSuccess;
+    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    if (kind == cudaMemcpyDefault) to_device = emu::find(to), from_device = emu::find(from);
+    emu_need_range("cudaMemcpy to", to, size, to_device);
+    emu_need_range("cudaMemcpy from", from, size, from_device);
+    emu::Open open;
+    memmove(to, from, size);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemset(void *p, int value, size_t size)
+{
+    if (!size) return cudaSuccess;
+    emu_need_range("cudaMemset", p, size, true);
+    emu::Open open;
+    memset(p, value, size);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind, cudaStream_t = nullptr) { return cudaMemcpy(to, from, size, kind); }
+static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t size, cudaStream_t = nullptr) { return cudaMemset(p, value, size); }
+template <class F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute what, int value)
+{
+    if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value < 0 || (size_t)value > emu::MAX_SHARED) return emu_return(cudaErrorInvalidValue);
+    emu::shared_limit[(const void *)kernel] = (size_t)value;
+    return cudaSuccess;
+}
+template <class F> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, F *, int threads, size_t shared)
+{
+    int by_threads = 2048 / (threads > 0 ? threads : 1), by_shared = (int)((228 << 10) / (shared + 1024));
+    *n = by_threads < by_shared ? by_threads : by_shared;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamCreate(cudaStream_t *s) { *s = new CUstream_st(); return cudaSuccess; }
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { return cudaStreamCreate(s); }
+static inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
+static inline cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = new CUevent_st(); return cudaSuccess; }
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return cudaEventCreate(e); }
+static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
+static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t = nullptr) { clock_gettime(CLOCK_MONOTONIC, &e->time); return cudaSuccess; }
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b)
+{
+    *ms = (float)((double)(b->time.tv_sec - a->time.tv_sec) * 1e3 + (double)(b->time.tv_nsec - a->time.tv_nsec) * 1e-6);
+    return cudaSuccess;
+}
+
+// --------------------------------------------------------------------------------------- cuBLAS
+
+enum cublasStatus_t { CUBLAS_STATUS_SUCCESS, CUBLAS_STATUS_NOT_INITIALIZED, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15 };
+enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_OP_C };
+enum cublasMath_t { CUBLAS_DEFAULT_MATH, CUBLAS_TENSOR_OP_MATH, CUBLAS_PEDANTIC_MATH, CUBLAS_TF32_TENSOR_OP_MATH };
+enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_PEDANTIC = 69, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 };
+enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT = -1, CUBLAS_GEMM_DEFAULT_TENSOR_OP = 99 };
+enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_16BF = 14 };
+typedef cudaDataType_t cudaDataType;
+struct cublasContext { int unused; };
+typedef cublasContext *cublasHandle_t;
+
+static inline const char *cublasGetStatusString(cublasStatus_t s)
+{
+    return s == CUBLAS_STATUS_SUCCESS ? "CUBLAS_STATUS_SUCCESS" : s == CUBLAS_STATUS_INVALID_VALUE ? "CUBLAS_STATUS_INVALID_VALUE"
+         : s == CUBLAS_STATUS_NOT_SUPPORTED ? "CUBLAS_STATUS_NOT_SUPPORTED" : "CUBLAS_STATUS_NOT_INITIALIZED";
+}
+static inline cublasStatus_t cublasCreate(cublasHandle_t *h) { *h = new cublasContext(); return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasDestroy(cublasHandle_t h) { delete h; return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) { return CUBLAS_STATUS_SUCCESS; }
+
+namespace emu {
+inline float load(const void *p, cudaDataType_t type, size_t i)
+{
+    return type == CUDA_R_32F ? ((const float *)p)[i] : (float)((const __nv_bfloat16 *)p)[i];
+}
+
+// C[n][m] = alpha op(B)[n][k] op(A)[k][m] + beta C, rows contiguous, which cuBLAS calls columns.
+inline void gemm(bool ta, bool tb, size_t m, size_t n, size_t k, float alpha, const void *A, cudaDataType_t a_type,
+                 size_t lda, const void *B, cudaDataType_t b_type, size_t ldb, float beta, void *C,
+                 cudaDataType_t c_type, size_t ldc)
+{
+    constexpr size_t M = 16, N = 4; // a tile of C in registers; A and B are copied in its order, padded by 0
+    std::vector<float> a(round_up(m, M) * k), b(round_up(n, N) * k);
+    for (size_t i = 0; i < m; i++)
+        for (size_t p = 0; p < k; p++) a[(i / M * k + p) * M + i % M] = load(A, a_type, ta ? i * lda + p : p * lda + i);
+    for (size_t j = 0; j < n; j++)
+        for (size_t p = 0; p < k; p++) b[(j / N * k + p) * N + j % N] = load(B, b_type, tb ? p * ldb + j : j * ldb + p);
+    for (size_t j = 0; j < n; j += N)
+        for (size_t i = 0; i < m; i += M) {
+            float sum[N][M] = {};
+            const float *x = a.data() + i * k, *y = b.data() + j * k;
+            for (size_t p = 0; p < k; p++, x += M, y += N)
+                for (size_t s = 0; s < N; s++)
+                    for (size_t t = 0; t < M; t++) sum[s][t] += x[t] * y[s];
+            for (size_t s = 0; s < N && j + s < n; s++)
+                for (size_t t = 0; t < M && i + t < m; t++) {
+                    size_t at = (j + s) * ldc + i + t;
+                    float v = alpha * sum[s][t] + (beta != 0 ? beta * load(C, c_type, at) : 0);
+                    if (c_type == CUDA_R_32F) ((float *)C)[at] = v;
+                    else ((__nv_bfloat16 *)C)[at] = v;
+                }
+        }
+}
+} // namespace emu
+
+static inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m,
+    int n, int k, const void *alpha, const void *A, cudaDataType_t a_type, int lda, long long a_stride, const void *B,
+    cudaDataType_t b_type, int ldb, long long b_stride, const void *beta, void *C, cudaDataType_t c_type, int ldc,
+    long long c_stride, int batch, cublasComputeType_t compute, cublasGemmAlgo_t)
+{
+    if (!h) return CUBLAS_STATUS_NOT_INITIALIZED;
+    bool known = (a_type == CUDA_R_32F || a_type == CUDA_R_16BF) && a_type == b_type &&
+                 (c_type == CUDA_R_32F || c_type == a_type) &&
+                 (compute == CUBLAS_COMPUTE_32F || compute == CUBLAS_COMPUTE_32F_PEDANTIC || compute == CUBLAS_COMPUTE_32F_FAST_TF32);
+    if (!known) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (m < 0 || n < 0 || k < 0 || batch < 0 || lda < (ta ? k : m) || lda < 1 || ldb < (tb ? n : k) || ldb < 1 || ldc < m || ldc < 1)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    emu::Open open;
+    emu::m.kernel = "cublasGemm", emu::m.file = "a call of it, m n k", emu::m.line = m;
+    for (int i = 0; i < batch; i++)
+        emu::gemm(ta, tb, (size_t)m, (size_t)n, (size_t)k, *(const float *)alpha,
+                  (const char *)A + i * a_stride * (a_type == CUDA_R_32F ? 4 : 2), a_type, (size_t)lda,
+                  (const char *)B + i * b_stride * (b_type == CUDA_R_32F ? 4 : 2), b_type, (size_t)ldb, *(const float *)beta,
+                  (char *)C + i * c_stride * (c_type == CUDA_R_32F ? 4 : 2), c_type, (size_t)ldc);
+    emu::m.kernel = nullptr;
+    return CUBLAS_STATUS_SUCCESS;
+}
+static inline cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
+    const void *alpha, const void *A, cudaDataType_t a_type, int lda, const void *B, cudaDataType_t b_type, int ldb,
+    const void *beta, void *C, cudaDataType_t c_type, int ldc, cublasComputeType_t compute, cublasGemmAlgo_t algo)
+{
+    return cublasGemmStridedBatchedEx(h, ta, tb, m, n, k, alpha, A, a_type, lda, 0, B, b_type, ldb, 0, beta, C, c_type, ldc,
+                                      0, 1, compute, algo);
+}
+
+#endif
