@@ -36,9 +36,10 @@ In gdb:   gdb -ex 'handle SIGSEGV nostop noprint' -ex 'break emu::fail' --args .
     `break some_kernel if threadIdx.x == 5 && blockIdx.x == 1`, then step; threadIdx and blockIdx are
     ordinary variables, and `up` from emu::fail leads to the kernel's line.
 
-What the file written for it must do: launch by LAUNCH(kernel, grid, block, shared_bytes, ...), declare
-shared memory by SHARED(float, tile, [16][17]) and DYNAMIC_SHARED(float, scratch), and take the PTX
-helpers (mma_16x8x16, ldmatrix_*, cp_async_*) from here where __CUDACC__ is not defined.
+What the file written for it must do: launch by LAUNCH(kernel, grid, block, shared_bytes, ...), which
+on a GPU also raises the kernel's limit of dynamic shared memory; declare SHARED(float, tile), a pointer
+to that memory, and SHARED_ARRAY(float, sums, [16][17]), a static array; and take the PTX helpers
+(mma_16x8x16, ldmatrix_*, cp_async_*) from here where __CUDACC__ is not defined.
 
 More settings, to test how a program takes what it finds: EMU_DEVICES=0 (no GPU), EMU_DRIVER=11080
 (a driver too old), EMU_CC=61 (compute capability 6.1), EMU_MEMORY=BYTES (of device memory, 8 GiB).
@@ -87,7 +88,7 @@ More settings, to test how a program takes what it finds: EMU_DEVICES=0 (no GPU)
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static // works, but neither poisoned nor guarded: prefer SHARED
+#define __shared__ static // works, but neither poisoned nor guarded: prefer SHARED_ARRAY
 
 struct uint3 { unsigned x, y, z; };
 struct dim3 {
@@ -200,8 +201,8 @@ struct Machine {
     // The order
     enum { FORWARD, REVERSE, SHUFFLE, AGREE } order = FORWARD, now = FORWARD;
     uint64_t seed = 1, random = 1;
-    Order blocks, warps;
-    unsigned char lane_at[32], place_of[32];
+    Order blocks;
+    unsigned char warp_at[32], lane_at[32], place_of[32];
     // The block
     uint64_t block = 0, blocks_begun = 0;
     unsigned threads = 0, warp_count = 0, warp_place = 0, arrived = 0, returned = 0;
@@ -381,7 +382,8 @@ extern "C" void emu_switch(void **from, void *to);
 __asm__(".pushsection .text\n.weak emu_switch\n.type emu_switch,@function\nemu_switch:\n"
         "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
         "mov %rsp,(%rdi)\nmov %rsi,%rsp\n"
-        "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n"
+        "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\n"
+        "pop %rcx\njmp *%rcx\n" // not ret, which would be predicted to go to the caller
         ".size emu_switch,.-emu_switch\n.popsection\n");
 inline void *first_sp(char *top, void (*entry)())
 {
@@ -506,9 +508,12 @@ inline bool next_block() // false: there is none
     m.static_shared = 0;
     memset(m.dynamic.low, 0xff, m.dynamic.room);
     if (m.blocks_begun == 1 || m.now == Machine::SHUFFLE) {
-        m.warps = make_order(m.warp_count);
-        Order lanes = make_order(32);
-        for (int i = 0; i < 32; i++) m.place_of[m.lane_at[i] = (unsigned char)lanes.at(i)] = (unsigned char)i;
+        Order warps = make_order(m.warp_count), lanes = make_order(32);
+        for (unsigned i = 0; i < 32; i++) {
+            m.warp_at[i] = (unsigned char)warps.at(i);
+            m.lane_at[i] = (unsigned char)lanes.at(i);
+            m.place_of[m.lane_at[i]] = (unsigned char)i;
+        }
     }
     for (unsigned w = 0; w < m.warp_count; w++) {
         m.warp[w].ready = m.warp[w].waiting = 0;
@@ -552,7 +557,7 @@ inline Thread *pick() // the thread to run next, or null where the launch is ove
 {
     for (;;) {
         for (; m.warp_place < m.warp_count; m.warp_place++) {
-            unsigned w = (unsigned)m.warps.at(m.warp_place);
+            unsigned w = m.warp_at[m.warp_place];
             if (!m.warp[w].ready) continue;
             unsigned lane = m.lane_at[__builtin_ctz(m.warp[w].ready)];
             m.warp[w].ready &= m.warp[w].ready - 1;
@@ -706,17 +711,13 @@ inline bool launch_fits(dim3 g, dim3 b, size_t shared)
            b.x <= 1024 && b.y <= 1024 && b.z <= 64 && (uint64_t)b.x * b.y * b.z <= 1024 && shared <= MAX_SHARED;
 }
 
-inline std::map<const void *, size_t> shared_limit; // what cudaFuncSetAttribute allowed
-
 template <class T> struct Same { typedef T type; };
 
 template <class... P>
 void launch(const char *name, const char *file, int line, void (*kernel)(P...), dim3 grid, dim3 block,
             size_t shared, typename Same<P>::type... args)
 {
-    auto limit = shared_limit.find((const void *)kernel);
     if (!launch_fits(grid, block, shared)) { m.error = 9; return; } // cudaErrorInvalidConfiguration
-    if (shared > (limit == shared_limit.end() ? STATIC_SHARED : limit->second)) { m.error = 1; return; }
     struct Call { void (*kernel)(P...); std::tuple<P...> args; } call = {kernel, {args...}};
     Open open;
     m.kernel = name, m.file = file, m.line = line;
@@ -870,10 +871,10 @@ inline void do_copy(const Copy &c)
 
 #define LAUNCH(kernel, grid, block, shared_bytes, ...) \
     emu::launch(#kernel, __FILE__, __LINE__, kernel, grid, block, shared_bytes, ##__VA_ARGS__)
-#define SHARED(type, name, ...) \
+#define SHARED(type, name) type *name = (type *)emu::m.dynamic.data
+#define SHARED_ARRAY(type, name, ...) \
     static emu::SharedOf<type __VA_ARGS__> name##_pages(#name); \
     auto &name = name##_pages.get()
-#define DYNAMIC_SHARED(type, name) type *name = (type *)emu::m.dynamic.data
 
 static inline void emu_order(const char *order) { emu::set_order(order); }
 static inline void emu_name(const void *device, const char *name) // for the messages
@@ -983,6 +984,17 @@ static inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }
 static inline void __threadfence() {}
 static inline void __threadfence_block() {}
 [[noreturn]] static inline void __trap() { emu::fail("__trap"); }
+#define EMU_MIN_MAX(type) \
+    static inline type min(type a, type b) { return a < b ? a : b; } \
+    static inline type max(type a, type b) { return a > b ? a : b; }
+EMU_MIN_MAX(int)
+EMU_MIN_MAX(unsigned)
+EMU_MIN_MAX(long)
+EMU_MIN_MAX(unsigned long)
+EMU_MIN_MAX(long long)
+EMU_MIN_MAX(unsigned long long)
+EMU_MIN_MAX(float)
+EMU_MIN_MAX(double)
 template <class T> T __ldg(const T *p) { return *p; }
 template <class T> T __ldcs(const T *p) { return *p; }
 template <class T> T __ldcg(const T *p) { return *p; }
@@ -1044,6 +1056,11 @@ enum cudaFuncAttribute {
     cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9,
 };
 enum { cudaStreamDefault, cudaStreamNonBlocking, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
+enum cudaDeviceAttr {
+    cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrWarpSize = 10, cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
 struct CUstream_st { int unused; };
 struct CUevent_st { timespec time; };
 typedef CUstream_st *cudaStream_t;
@@ -1092,8 +1109,23 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int i)
     cudaError_t e = cudaSetDevice(i);
     if (e) return e;
     int cc = (int)emu::setting("EMU_CC", 90);
-    *p = {"CPU (cuda_on_cpu.h)", emu::m.limit, emu::STATIC_SHARED, emu::MAX_SHARED, 228 << 10, cc / 10, cc % 10, 4, 32,
+    *p = {"CPU (cuda_on_cpu.h)", emu::m.limit, emu::STATIC_SHARED, emu::MAX_SHARED, 228 << 10, cc / 10, cc % 10, 3, 32,
           1024, 2048, 65536, 65536, 1 << 20, 64};
+    return cudaSuccess;
+}
+static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int device)
+{
+    cudaDeviceProp p;
+    cudaError_t e = cudaGetDeviceProperties(&p, device);
+    if (e) return e;
+    switch (what) {
+    case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
+    case cudaDevAttrWarpSize: *value = p.warpSize; break;
+    case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)p.sharedMemPerBlockOptin; break;
+    }
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) { *total = emu::m.limit, *free_bytes = emu::m.limit - emu::m.used; return cudaSuccess; }
@@ -1165,14 +1197,25 @@ static inline cudaError_t cudaMemset(void *p, int value, size_t size)
     memset(p, value, size);
     return cudaSuccess;
 }
+static inline cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+                                       size_t height, cudaMemcpyKind kind)
+{
+    if (width > to_pitch || width > from_pitch) return emu_return(cudaErrorInvalidValue);
+    emu::Open open; // all rows at once
+    for (size_t i = 0; i < height; i++)
+        cudaMemcpy((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width, kind);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+                                            size_t height, cudaMemcpyKind kind, cudaStream_t = nullptr)
+{
+    return cudaMemcpy2D(to, to_pitch, from, from_pitch, width, height, kind);
+}
 static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind, cudaStream_t = nullptr) { return cudaMemcpy(to, from, size, kind); }
 static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t size, cudaStream_t = nullptr) { return cudaMemset(p, value, size); }
-template <class F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute what, int value)
+template <class F> cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int value)
 {
-    if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value < 0 || (size_t)value > emu::MAX_SHARED) return emu_return(cudaErrorInvalidValue);
-    emu::shared_limit[(const void *)kernel] = (size_t)value;
-    return cudaSuccess;
+    return value < 0 || (size_t)value > emu::MAX_SHARED ? emu_return(cudaErrorInvalidValue) : cudaSuccess;
 }
 template <class F> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, F *, int threads, size_t shared)
 {
