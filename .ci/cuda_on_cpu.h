@@ -36,10 +36,9 @@ In gdb:   gdb -ex 'handle SIGSEGV nostop noprint' -ex 'break emu::fail' --args .
     `break some_kernel if threadIdx.x == 5 && blockIdx.x == 1`, then step; threadIdx and blockIdx are
     ordinary variables, and `up` from emu::fail leads to the kernel's line.
 
-What the file written for it must do: launch by LAUNCH(kernel, grid, block, shared_bytes, ...), which
-on a GPU also raises the kernel's limit of dynamic shared memory; declare SHARED(float, tile), a pointer
-to that memory, and SHARED_ARRAY(float, sums, [16][17]), a static array; and take the PTX helpers
-(mma_16x8x16, ldmatrix_*, cp_async_*) from here where __CUDACC__ is not defined.
+What the file written for it must do: launch by LAUNCH(kernel, grid, block, shared_bytes, ...), declare
+shared memory by SHARED(float, tile, [16][17]) and DYNAMIC_SHARED(float, scratch), and take the PTX
+helpers (mma_16x8x16, ldmatrix_*, cp_async_*) from here where __CUDACC__ is not defined.
 
 More settings, to test how a program takes what it finds: EMU_DEVICES=0 (no GPU), EMU_DRIVER=11080
 (a driver too old), EMU_CC=61 (compute capability 6.1), EMU_MEMORY=BYTES (of device memory, 8 GiB).
@@ -50,6 +49,7 @@ More settings, to test how a program takes what it finds: EMU_DEVICES=0 (no GPU)
 #include <signal.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <ucontext.h>
 #include <unistd.h>
 #include <cmath>
 #include <cstdarg>
@@ -57,6 +57,7 @@ More settings, to test how a program takes what it finds: EMU_DEVICES=0 (no GPU)
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <list>
 #include <map>
 #include <numeric>
 #include <tuple>
@@ -74,9 +75,6 @@ More settings, to test how a program takes what it finds: EMU_DEVICES=0 (no GPU)
 #ifdef EMU_ASAN
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if !(defined __linux__ && (defined __x86_64__ || defined __aarch64__))
-#include <ucontext.h>
-#endif
 
 // ------------------------------------------------------------------- the words and types of CUDA
 
@@ -88,7 +86,7 @@ More settings, to test how a program takes what it finds: EMU_DEVICES=0 (no GPU)
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static // works, but neither poisoned nor guarded: prefer SHARED_ARRAY
+#define __shared__ static // works, but neither poisoned nor guarded: prefer SHARED
 
 struct uint3 { unsigned x, y, z; };
 struct dim3 {
@@ -180,7 +178,7 @@ struct Shared { // a shared array: its own pages, filled with 0xff as each block
     size_t size = 0, room = 0;
     uint64_t block = 0; // that it was last made ready for
     const char *name = "";
-    void *get();
+    char *get();
     void resize(size_t bytes);
 };
 
@@ -211,12 +209,13 @@ struct Machine {
     Thread all[1024];
     Warp warp[32];
     Shared dynamic;
+    std::map<const void *, size_t> shared_limit;
     std::vector<Shared *> shared; // static arrays of this block
     size_t static_shared = 0;
     // The coroutines
     Context host, *context = &host;
-    std::vector<Context *> idle, stacks;
-    Machine();
+    std::vector<Context *> idle;
+    std::list<Context> stacks;
 };
 inline Machine m;
 
@@ -227,14 +226,12 @@ inline Machine m;
     va_start(list, format);
     int n = vsnprintf(text, sizeof text, format, list);
     va_end(list);
-    if (m.kernel && n >= 0 && (size_t)n < sizeof text) {
-        n += snprintf(text + n, sizeof text - n, " [%s at %s:%d", m.kernel, m.file, m.line);
-        if (m.thread)
-            snprintf(text + n, sizeof text - n, ", block (%u,%u,%u), thread (%u,%u,%u)]", blockIdx.x,
-                     blockIdx.y, blockIdx.z, m.thread->id.x, m.thread->id.y, m.thread->id.z);
-        else
-            snprintf(text + n, sizeof text - n, "]");
-    }
+    if (m.kernel && n < 500) n += snprintf(text + n, 200, " [in %s", m.kernel);
+    if (m.kernel && m.line && n < 700) n += snprintf(text + n, 200, ", from %s:%d", m.file, m.line);
+    if (m.thread && n < 900)
+        n += snprintf(text + n, 100, ", block (%u,%u,%u), thread (%u,%u,%u)", blockIdx.x, blockIdx.y,
+                      blockIdx.z, m.thread->id.x, m.thread->id.y, m.thread->id.z);
+    if (m.kernel && n < 1000) strcpy(text + n, "]");
     fflush(stdout);
     fprintf(stderr, "cuda_on_cpu: %s\n", text);
     _exit(1);
@@ -260,77 +257,84 @@ inline Allocation *find(const void *p)
 inline const char *describe(const Allocation &a)
 {
     static char text[160];
-    snprintf(text, sizeof text, "allocation %d%s%s of %zu bytes (cudaMalloc at line %d)", a.number,
+    snprintf(text, sizeof text, "allocation %d%s%s, which has %zu bytes (cudaMalloc at line %d)", a.number,
              *a.name ? " " : "", a.name, a.size, a.line);
     return text;
 }
 
-inline void open_granule(Allocation *a, size_t g)
+inline void open_granule(Allocation *a, size_t g, bool write)
 {
     char *from = a->low + g * GRANULE, *to = from + GRANULE < a->high ? from + GRANULE : a->high;
     bool touched = false;
     for (char s : a->granule) touched |= s != CLOSED;
     if (!touched) m.opened.push_back(a);
-    if (a->granule[g] == CLOSED) {
+    if (a->granule[g] == CLOSED && !write) {
         a->granule[g] = READABLE;
         mprotect(from, to - from, PROT_READ);
         return;
     }
     a->granule[g] = WRITABLE;
     mprotect(from, to - from, PROT_READ | PROT_WRITE);
-    if (m.order == Machine::AGREE && m.kernel) {
+    if (m.order == Machine::AGREE && m.thread) {
         std::vector<char> bytes(from, to);
         m.written.push_back({a, g, bytes, bytes});
     }
 }
 
+inline const char *not_poison(const char *from, const char *to) // the first byte that is not 0xff
+{
+    static const std::vector<char> ff(PAGE, (char)0xff);
+    if (from == to || !memcmp(from, ff.data(), (size_t)(to - from))) return nullptr;
+    while (*from == (char)0xff) from++;
+    return from;
+}
+
 inline void check_edges(const Allocation &a)
 {
-    for (char *p = a.low; p < a.high; p = p + 1 == a.data ? a.data + a.size : p + 1)
-        if ((p < a.data || p >= a.data + a.size) && *p != (char)0xff)
-            fail("out of bounds: written %td bytes %s %s", p < a.data ? a.data - p : p - a.data - a.size,
-                 p < a.data ? "before" : "past the end of", describe(a));
+    const char *p = not_poison(a.low, a.data);
+    if (!p) p = not_poison(a.data + a.size, a.high);
+    if (p) fail("out of bounds: byte %td was written of %s", p - a.data, describe(a));
 }
 
 struct Open { // while one lives, device memory can be touched
     Open() { m.open++; }
     ~Open()
     {
-        if (--m.open) return;
+        if (m.open > 1) { m.open--; return; }
         for (Allocation *a : m.opened) {
             if (a->granule[0] == WRITABLE || a->granule.back() == WRITABLE) check_edges(*a);
             memset(a->granule.data(), CLOSED, a->granule.size());
             mprotect(a->low, a->high - a->low, PROT_NONE);
         }
         m.opened.clear();
+        m.open = 0, m.kernel = nullptr;
     }
 };
 
 inline struct sigaction old_action[2];
 
-inline void page_fault(int signal, siginfo_t *info, void *)
+inline void page_fault(int signal, siginfo_t *info, void *context)
 {
     char *p = (char *)info->si_addr;
+    bool write = false; // unknown: then a write faults twice
+#if defined __linux__ && defined __x86_64__
+    write = ((ucontext_t *)context)->uc_mcontext.gregs[REG_ERR] & 2;
+#else
+    (void)context;
+#endif
     Allocation *a = find(p);
     if (a && !a->freed && p >= a->low && p < a->high && m.open &&
         a->granule[(p - a->low) / GRANULE] != WRITABLE)
-        return open_granule(a, (p - a->low) / GRANULE);
-    const char *who = m.open ? m.kernel ? "kernel" : "copy" : "host code";
-    if (a && a->freed) fail("use after cudaFree: %s touched byte %td of %s", who, p - a->data, describe(*a));
-    if (a && p >= a->data + a->size)
-        fail("out of bounds: %s touched %td bytes past the end of %s", who, p - a->data - a->size,
-             describe(*a));
-    if (a && p < a->data)
-        fail("out of bounds: %s touched %td bytes before %s", who, a->data - p, describe(*a));
+        return open_granule(a, (p - a->low) / GRANULE, write);
+    if (a && a->freed) fail("use after cudaFree: byte %td of %s", p - a->data, describe(*a));
+    if (a && (p < a->data || p >= a->data + a->size))
+        fail("out of bounds: byte %td of %s", p - a->data, describe(*a));
     if (a) fail("host code touched device memory: byte %td of %s", p - a->data, describe(*a));
     for (Shared *s : m.shared)
         if (p >= s->low - PAGE && p < s->high + PAGE)
             fail("out of bounds: byte %td of shared %s, which has %zu", p - s->data, s->name, s->size);
-    if (m.dynamic.low && p >= m.dynamic.low - PAGE && p < m.dynamic.low + m.dynamic.room + PAGE)
-        fail("out of bounds: byte %td of dynamic shared memory, which has %zu", p - m.dynamic.data,
-             m.dynamic.size);
-    for (Context *c : m.stacks)
-        if (p >= (char *)c->stack - PAGE && p < (char *)c->stack) fail("a thread's stack overflowed");
+    for (const Context &c : m.stacks)
+        if (p >= (char *)c.stack - PAGE && p < (char *)c.stack) fail("a thread's stack overflowed");
 #ifdef __x86_64__
     if (m.thread && info->si_code == SI_KERNEL) fail("a misaligned vector, or an address beyond any memory");
 #endif
@@ -355,7 +359,6 @@ inline void set_order(const char *s)
     else fail("EMU_ORDER is forward, reverse, shuffle:SEED or agree, not \"%s\"", s);
 }
 
-inline Machine::Machine() {}
 struct Start { // faults are handled on a stack of their own: a thread's may be what overflowed
     Start()
     {
@@ -468,6 +471,7 @@ inline Order make_order(uint64_t n)
 inline void Shared::resize(size_t bytes)
 {
     if (bytes > room || !low) {
+        if (low) munmap(low - PAGE, room + 2 * PAGE);
         room = round_up(bytes ? bytes : 1, PAGE);
         low = map_pages(room + 2 * PAGE) + PAGE;
         mprotect(low, room, PROT_READ | PROT_WRITE);
@@ -477,36 +481,35 @@ inline void Shared::resize(size_t bytes)
     data = high - round_up(bytes, 16);
 }
 
-inline void *Shared::get() // the first thread of a block to come here makes it ready
+inline char *Shared::get() // the first thread of a block to come here makes it ready
 {
     if (block != m.block) {
         block = m.block;
         memset(low, 0xff, room);
         m.shared.push_back(this);
-        if ((m.static_shared += round_up(size, 16)) > STATIC_SHARED)
+        if (this != &m.dynamic && (m.static_shared += round_up(size, 16)) > STATIC_SHARED)
             fail("%zu bytes of static shared memory; a block can have %zu", m.static_shared, STATIC_SHARED);
     }
     return data;
 }
 
-inline void check_shared(const Shared &s)
+inline void end_block()
 {
-    for (char *p = s.data + s.size; p < s.high; p++)
-        if (*p != (char)0xff) fail("out of bounds: written past the end of shared %s, %zu bytes", s.name, s.size);
+    for (Shared *s : m.shared)
+        if (const char *p = not_poison(s->data + s->size, s->high))
+            fail("out of bounds: byte %td was written of shared %s, which has %zu", p - s->data, s->name, s->size);
+    m.shared.clear();
 }
 
-inline bool next_block() // false: there is none
+inline bool begin_block() // false: there is none
 {
-    for (Shared *s : m.shared) check_shared(*s);
-    if (m.block) check_shared(m.dynamic);
     if (m.blocks_begun == m.blocks.n) return false;
     uint64_t i = m.blocks.at(m.blocks_begun++);
     blockIdx = {(unsigned)(i % gridDim.x), (unsigned)(i / gridDim.x % gridDim.y),
                 (unsigned)(i / gridDim.x / gridDim.y)};
     m.block++;
-    m.shared.clear();
     m.static_shared = 0;
-    memset(m.dynamic.low, 0xff, m.dynamic.room);
+    m.dynamic.get();
     if (m.blocks_begun == 1 || m.now == Machine::SHUFFLE) {
         Order warps = make_order(m.warp_count), lanes = make_order(32);
         for (unsigned i = 0; i < 32; i++) {
@@ -564,7 +567,8 @@ inline Thread *pick() // the thread to run next, or null where the launch is ove
             return &m.all[w * 32 + lane];
         }
         if (m.returned < m.threads) stuck();
-        if (!next_block()) return nullptr;
+        end_block();
+        if (!begin_block()) return nullptr;
     }
 }
 
@@ -579,6 +583,7 @@ inline void run_threads()
         Thread *t = m.thread;
         t->state = Thread::RUNNING;
         t->context = m.context;
+        t->copy_group = 0;
         m.body(m.arguments);
         t->state = Thread::RETURNED;
         t->copies.clear();
@@ -597,14 +602,14 @@ inline void run_threads()
 inline Context *idle_stack()
 {
     if (m.idle.empty()) {
-        Context *c = new Context;
+        m.stacks.emplace_back();
+        Context *c = &m.stacks.back();
         char *low = map_pages(STACK + PAGE) + PAGE;
         mprotect(low, STACK, PROT_READ | PROT_WRITE);
         c->stack = low;
         c->size = STACK;
         // Not all from a page's top, or the stacks would compete for the same few lines of the cache.
         c->sp = first_sp(low + STACK - m.stacks.size() % 61 * 192, run_threads);
-        m.stacks.push_back(c);
         m.idle.push_back(c);
     }
     return m.idle.back();
@@ -643,8 +648,7 @@ inline void run_grid()
     for (int i = 0; i < 9; i++) next_random();
     m.blocks = make_order((uint64_t)gridDim.x * gridDim.y * gridDim.z);
     m.blocks_begun = 0;
-    m.block++;
-    next_block();
+    begin_block();
     become(pick());
     switch_to(idle_stack());
     m.thread = nullptr;
@@ -661,8 +665,8 @@ inline void compare_written(const char *order)
             auto sum = m.float_sums.find(now + i);
             if (sum != m.float_sums.end() && std::fabs(x - y) <= 1e-5 * (sum->second + std::fabs(before)))
                 continue; // what float atomics added to: equal but for rounding
-            fail("orders disagree, a barrier or an atomic is missing: byte %td of %s is %g as float forwards, "
-                 "%g %s", now + i - w.of->data, describe(*w.of), y, x, order);
+            fail("orders disagree, a barrier or an atomic is missing: %.9g forward and %.9g %s, as float, in byte "
+                 "%td of %s", y, x, order, now + i - w.of->data, describe(*w.of));
         }
     }
 }
@@ -686,12 +690,6 @@ inline void run_and_agree()
     m.written.clear();
 }
 
-inline bool is_device(const void *p)
-{
-    const Allocation *a = find(p);
-    return a && !a->freed && p >= a->data && p <= a->data + a->size;
-}
-
 inline std::map<const void *, size_t> pinned; // what cudaMallocHost gave
 
 template <class T> void check_argument(int i, const T &value)
@@ -699,8 +697,9 @@ template <class T> void check_argument(int i, const T &value)
     if constexpr (std::is_pointer<T>::value) {
         auto p = pinned.upper_bound((const void *)value);
         bool host = p == pinned.begin() || (--p, (char *)value > (char *)p->first + p->second);
-        if (value && !std::is_function<typename std::remove_pointer<T>::type>::value &&
-            !is_device((const void *)value) && host)
+        if (const Allocation *a = find((const void *)value)) {
+            if (a->freed) fail("use after cudaFree: argument %d is byte %td of %s", i, (char *)value - a->data, describe(*a));
+        } else if (value && host && !std::is_function<typename std::remove_pointer<T>::type>::value)
             fail("argument %d is not device memory but a host pointer, %p", i, (const void *)value);
     } else (void)i, (void)value;
 }
@@ -718,6 +717,8 @@ void launch(const char *name, const char *file, int line, void (*kernel)(P...), 
             size_t shared, typename Same<P>::type... args)
 {
     if (!launch_fits(grid, block, shared)) { m.error = 9; return; } // cudaErrorInvalidConfiguration
+    auto limit = m.shared_limit.find((const void *)kernel); // 48 KiB, where cudaFuncSetAttribute did not raise it
+    if (shared > (limit == m.shared_limit.end() ? STATIC_SHARED : limit->second)) { m.error = 1; return; }
     struct Call { void (*kernel)(P...); std::tuple<P...> args; } call = {kernel, {args...}};
     Open open;
     m.kernel = name, m.file = file, m.line = line;
@@ -732,11 +733,10 @@ void launch(const char *name, const char *file, int line, void (*kernel)(P...), 
         for (unsigned t = 0; t < threads; t++) m.all[t].id = {t % block.x, t / block.x % block.y, t / block.x / block.y};
     gridDim = grid, blockDim = block;
     m.threads = threads, m.warp_count = (threads + 31) / 32;
-    m.dynamic.resize(shared);
+    m.dynamic.name = "(dynamic)", m.dynamic.resize(shared);
     m.now = m.order;
     if (m.order == Machine::AGREE) run_and_agree();
     else run_grid();
-    m.kernel = nullptr;
 }
 
 template <class T> struct SharedOf : Shared { // a static one; T is the array's type
@@ -871,8 +871,8 @@ inline void do_copy(const Copy &c)
 
 #define LAUNCH(kernel, grid, block, shared_bytes, ...) \
     emu::launch(#kernel, __FILE__, __LINE__, kernel, grid, block, shared_bytes, ##__VA_ARGS__)
-#define SHARED(type, name) type *name = (type *)emu::m.dynamic.data
-#define SHARED_ARRAY(type, name, ...) \
+#define DYNAMIC_SHARED(type, name) type *name = (type *)emu::m.dynamic.data
+#define SHARED(type, name, ...) \
     static emu::SharedOf<type __VA_ARGS__> name##_pages(#name); \
     auto &name = name##_pages.get()
 
@@ -1213,9 +1213,11 @@ static inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const voi
 }
 static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind, cudaStream_t = nullptr) { return cudaMemcpy(to, from, size, kind); }
 static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t size, cudaStream_t = nullptr) { return cudaMemset(p, value, size); }
-template <class F> cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int value)
+template <class F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute what, int value)
 {
-    return value < 0 || (size_t)value > emu::MAX_SHARED ? emu_return(cudaErrorInvalidValue) : cudaSuccess;
+    if (value < 0 || (size_t)value > emu::MAX_SHARED) return emu_return(cudaErrorInvalidValue);
+    if (what == cudaFuncAttributeMaxDynamicSharedMemorySize) emu::m.shared_limit[(const void *)kernel] = (size_t)value;
+    return cudaSuccess;
 }
 template <class F> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, F *, int threads, size_t shared)
 {
@@ -1310,13 +1312,14 @@ static inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublas
     if (m < 0 || n < 0 || k < 0 || batch < 0 || lda < (ta ? k : m) || lda < 1 || ldb < (tb ? n : k) || ldb < 1 || ldc < m || ldc < 1)
         return CUBLAS_STATUS_INVALID_VALUE;
     emu::Open open;
-    emu::m.kernel = "cublasGemm", emu::m.file = "a call of it, m n k", emu::m.line = m;
+    char text[96];
+    snprintf(text, sizeof text, "cublasGemm of m %d, n %d, k %d, batch %d", m, n, k, batch);
+    emu::m.kernel = text, emu::m.line = 0;
     for (int i = 0; i < batch; i++)
         emu::gemm(ta, tb, (size_t)m, (size_t)n, (size_t)k, *(const float *)alpha,
                   (const char *)A + i * a_stride * (a_type == CUDA_R_32F ? 4 : 2), a_type, (size_t)lda,
                   (const char *)B + i * b_stride * (b_type == CUDA_R_32F ? 4 : 2), b_type, (size_t)ldb, *(const float *)beta,
                   (char *)C + i * c_stride * (c_type == CUDA_R_32F ? 4 : 2), c_type, (size_t)ldc);
-    emu::m.kernel = nullptr;
     return CUBLAS_STATUS_SUCCESS;
 }
 static inline cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
