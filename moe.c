@@ -2060,13 +2060,13 @@ static double sum_squares(const accum *x, size_t n)
 //     w -= lr (decay w + m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)).
 // master is what is trained, weights its copy for operations; here they are the same.
 static void adamw_step(real *weights, accum *master, accum *m, accum *v, const accum *grads,
-                       const Span *span, size_t spans, long step, double lr, double beta1,
-                       double beta2, double eps, double decay, double g_scale)
+                       const Span *span, size_t spans, size_t pieces, long step, double lr,
+                       double beta1, double beta2, double eps, double decay, double g_scale)
 {
     accum b1 = (accum)beta1, b2 = (accum)beta2, e = (accum)eps, scale = (accum)g_scale;
     accum rate = (accum)(lr / (1 - pow(beta1, (double)step)));
     accum correct2 = (accum)(1 / sqrt(1 - pow(beta2, (double)step)));
-    (void)weights;
+    (void)weights, (void)pieces;
     for (size_t s = 0; s < spans; s++) {
         size_t begin = span[s].offset, end = begin + span[s].size;
         accum keep = (accum)(span[s].decays ? 1 - lr * decay : 1);
@@ -2183,8 +2183,8 @@ typedef struct {
     int *load;    // [L + D, E] tokens of each expert since the last step
     long step;    // steps taken
     Matrix *matrix; // those that Muon trains
-    Span *span;     // device memory: what AdamW always trains, then what it trains without Muon
-    size_t matrices, always, spans;
+    Span *span;     // device memory: what AdamW trains, the matrices last
+    size_t matrices, spans[2], pieces[2]; // beside Muon and without it
 } Optimizer;
 
 static Optimizer optimizer_make(const Model *m)
@@ -2207,19 +2207,19 @@ static Optimizer optimizer_make(const Model *m)
         }
     }
     Span *span = (Span *)host_alloc(m->layout.tensors, sizeof(Span));
-    size_t pieces = 0;
-    for (int muon = 0; muon < 2; muon++) {
+    size_t spans = 0, pieces = 0;
+    for (int matrices = 0; matrices < 2; matrices++) {
         for (size_t i = 0; i < m->layout.tensors; i++) {
             const Tensor *t = &m->layout.tensor[i];
-            if (t->kind == ROUTER_BIAS || (t->kind == MATRIX) != muon) continue;
+            if (t->kind == ROUTER_BIAS || (t->kind == MATRIX) != matrices) continue;
             Span it = {t->offset, tensor_size(t), pieces, t->kind != NORM};
             pieces += ceil_div(it.size, SPAN_PIECE);
-            span[o.spans++] = it;
+            span[spans++] = it;
         }
-        if (!muon) o.always = o.spans;
+        o.spans[matrices] = spans, o.pieces[matrices] = pieces;
     }
-    o.span = (Span *)device_alloc(o.spans * sizeof(Span));
-    to_device(o.span, span, o.spans * sizeof(Span));
+    o.span = (Span *)device_alloc(spans * sizeof(Span));
+    to_device(o.span, span, spans * sizeof(Span));
     free(span);
     return o;
 }
@@ -2263,8 +2263,9 @@ static void optimizer_step(Optimizer *o, Model *m, const Recipe *r, double norm)
         router_bias_step(bias, o->load + (size_t)t->layer * m->config.E, t->cols, r->bias_speed);
         if (has_master(m)) device_copy(m->weights + t->offset, bias, t->cols * sizeof(accum));
     }
-    adamw_step(m->weights, m->master, o->m, o->v, m->grads, o->span, r->muon ? o->always : o->spans,
-               o->step, r->adam_lr, r->beta1, r->beta2, r->eps, r->decay, g_scale);
+    adamw_step(m->weights, m->master, o->m, o->v, m->grads, o->span, o->spans[!r->muon],
+               o->pieces[!r->muon], o->step, r->adam_lr, r->beta1, r->beta2, r->eps, r->decay,
+               g_scale);
     if (r->muon)
         muon_step(m->weights, m->master, o->m, m->grads, o->matrix, o->matrices, r->lr,
                   r->momentum, r->decay, g_scale);

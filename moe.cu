@@ -105,7 +105,10 @@ __device__ static void cp_async_16(void *to, const void *from, bool valid)
                  :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
-__device__ static void cp_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ static void cp_async_commit(void)
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until at most N of the thread's groups of copies are under way.
 template <int N> __device__ static void cp_async_wait(void)
@@ -118,12 +121,12 @@ template <int N> __device__ static void cp_async_wait(void)
 // Starts a kernel with `bytes` of dynamic shared memory. An empty grid does nothing.
 #define RUN_KERNEL(kernel, grid, block, bytes, ...) \
     do { \
-        dim3 blocks = grid; \
-        if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) break; \
+        dim3 kernel_grid = grid; \
+        if (kernel_grid.x == 0 || kernel_grid.y == 0 || kernel_grid.z == 0) break; \
         if ((bytes) > 48 << 10) \
             CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, \
                                       (int)(bytes))); \
-        LAUNCH(kernel, blocks, block, bytes, __VA_ARGS__); \
+        LAUNCH(kernel, kernel_grid, block, bytes, __VA_ARGS__); \
         CUDA(cudaGetLastError()); \
     } while (0)
 
@@ -281,7 +284,8 @@ static void gemm(Out *c, size_t ldc, const real *a, int a_t, size_t lda, const r
     const cudaDataType in = sizeof(real) == 4 ? CUDA_R_32F : CUDA_R_16BF;
     const cudaDataType out = sizeof(Out) == 4 ? CUDA_R_32F : CUDA_R_16BF;
     const float one = 1;
-    cublasOperation_t op_a = a_t ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = b_t ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t op_a = a_t ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t op_b = b_t ? CUBLAS_OP_T : CUBLAS_OP_N;
     if (m == 0 || n == 0 || k == 0 || batch == 0) return;
     if (batch == 1)
         CUBLAS(cublasGemmEx(cublas, op_b, op_a, (int)n, (int)m, (int)k, &one, b, in, (int)ldb, a,
@@ -350,6 +354,7 @@ __device__ static void copy_tile(real *to, int ld, int tile_rows, int width, con
 {
     if (wide) {
         int row = (int)threadIdx.x / ACROSS, begin = (int)threadIdx.x % ACROSS * 8;
+#pragma unroll 1 // registers are short
         for (; row < tile_rows; row += (int)blockDim.x / ACROSS)
             for (int col = begin; col < width; col += ACROSS * 8) {
                 int valid = row < rows && col < cols;
@@ -423,8 +428,11 @@ __device__ static void gemm_tile(Out *c, size_t ldc, const real *a, size_t lda, 
         }
     }
     cp_async_wait<0>();
+#pragma unroll
     for (int i = 0; i < WARP_M / 16; i++)
+#pragma unroll
         for (int j = 0; j < WARP_N / 8; j++)
+#pragma unroll
             for (int e = 0; e < 4; e++) {
                 int r = row + 16 * i + lane / 4 + e / 2 * 8, s = col + 8 * j + lane % 4 * 2 + e % 2;
                 if (r >= m || s >= n) continue;
@@ -572,8 +580,8 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
            (O | I) % WIDE == 0);
 }
 
-// out = x / rms(x) * w over rows of C numbers that stand ld_out and ld_x apart. A block a row; reads
-// C twice, the second time from cache, writes C.
+// out = x / rms(x) * w over rows of C numbers that stand ld_out and ld_x apart. A block a row;
+// reads C twice, the second time from cache, writes C.
 template <int W>
 __global__ void rmsnorm_forward_kernel(real *out, accum *rstd, const real *x, const real *w,
                                        size_t C, size_t ld_out, size_t ld_x, float eps)
@@ -737,9 +745,9 @@ __global__ void embedding_first_kernel(int *first, const int *token, size_t N)
     if (lane == 0 && n < N) first[n] = !same;
 }
 
-// out[n] = w[token[n]]: dw[token[n]] += dout[n]. A block has the first n of its token and a strip of
-// columns; each of its warps adds up an eighth of the rows of that token, then the sums are added
-// in order. Reads C a row, adds 4 C bytes a token; the tokens themselves come from L2.
+// out[n] = w[token[n]]: dw[token[n]] += dout[n]. A block has the first n of its token and a strip
+// of columns; each of its warps adds up an eighth of the rows of that token, then the sums are
+// added in order. Reads C a row, adds 4 C bytes a token; the tokens themselves come from L2.
 template <int W>
 __global__ void embedding_backward_kernel(accum *dw, const real *dout, const int *token,
                                           const int *first, size_t N, size_t C)
@@ -1073,9 +1081,11 @@ __device__ static void spill(real *to, int ld, const float (&acc)[N][4], const f
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int e = 0; e < 4; e += 2)
-            *(uint32_t *)(to + (lane / 4 + e / 2 * 8) * ld + 8 * n + lane % 4 * 2) =
-                pack_bf16(acc[n][e] * scale[e / 2], acc[n][e + 1] * scale[e / 2]);
+        for (int e = 0; e < 4; e += 2) {
+            Pack<real, 2> pair = {{(real)(acc[n][e] * scale[e / 2]),
+                                   (real)(acc[n][e + 1] * scale[e / 2])}};
+            store<2>(to + (lane / 4 + e / 2 * 8) * ld + 8 * n + lane % 4 * 2, pair);
+        }
 }
 
 // A warp's 16 rows from shared memory, as many as exist.
@@ -1219,7 +1229,7 @@ flash_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *dout, 
                                at + PASSING, PASSING, !KEYS, s);
         cp_async_commit();
         float p[PASSING / 8][4] = {}, ds[PASSING / 8][4] = {};
-#pragma unroll
+#pragma unroll 2
         for (int k = 0; k < DQ / 16; k++) {
             uint32_t af[4], bf[4];
             fragment_a(af, x + row * LQ + 16 * k, LQ);
@@ -1230,7 +1240,7 @@ flash_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *dout, 
                 mma_16x8x16(p[2 * j + 1], af, bf + 2);
             }
         }
-#pragma unroll
+#pragma unroll 2
         for (int k = 0; k < DV / 16; k++) {
             uint32_t af[4], bf[4];
             fragment_a(af, y + row * LV + 16 * k, LV);
@@ -1362,3 +1372,723 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
     RUN_KERNEL(sum_heads_kernel, grid_of(B * T * Dr, BLOCK), BLOCK, 0, dk_pe, dk_pe_heads,
                B * T * Dr, (int)T, (int)NH, (int)Dr);
 }
+
+// Indices of the K largest of n values, in falling order; of equal ones the first. By a warp; taken
+// [n] tells which they are, each lane its own.
+__device__ static void top_k(int *index, unsigned char *taken, const float *value, int n, int K)
+{
+    int lane = (int)threadIdx.x % WARP;
+    for (int i = lane; i < n; i += WARP) taken[i] = 0;
+    for (int k = 0; k < K; k++) {
+        int best = -1;
+        float most = 0;
+        for (int i = lane; i < n; i += WARP)
+            if (!taken[i] && (best < 0 || value[i] > most)) best = i, most = value[i];
+        for (int d = WARP / 2; d > 0; d /= 2) {
+            int other = __shfl_xor_sync(~0u, best, d);
+            float its = __shfl_xor_sync(~0u, most, d);
+            if (other >= 0 && (best < 0 || its > most || (its == most && other < best)))
+                best = other, most = its;
+        }
+        best = __shfl_sync(~0u, best, 0); // with NaNs about lanes might differ
+        if (lane == 0) index[k] = best;
+        if (lane == best % WARP) taken[best] = 1;
+    }
+    __syncwarp();
+}
+
+// Sends each token to K experts ([V3] 12-16). s = sigmoid(x W^T); selection looks at s + bias: a
+// group of experts scores the sum of its two best, KG groups stay, the K best in them are taken.
+// Their weights come from s alone: g_k = s_k / (sum of the selected + 1e-20), if norm, times scale.
+// A warp a token, alone in its block; s holds x W^T at first. Reads and writes 4 E bytes.
+__global__ void router_forward_kernel(accum *s, int *topk, accum *g, const accum *bias, int E, int K,
+                                      int G, int KG, int norm, float scale, int hold)
+{
+    DYNAMIC_SHARED(float, choice); // [E]
+    float *group_score = choice + E; // [G]
+    int *kept = (int *)(group_score + G); // [KG]
+    unsigned char *taken = (unsigned char *)(kept + KG), *keep = taken + E; // [E], [G]
+    int lane = (int)threadIdx.x, size = E / G;
+    accum *sn = s + (size_t)blockIdx.x * E;
+    int *index = topk + (size_t)blockIdx.x * K;
+    for (int e = lane; e < E; e += WARP) {
+        sn[e] = sigmoid(sn[e]);
+        choice[e] = sn[e] + bias[e];
+    }
+    __syncwarp();
+    if (G > 1) {
+        for (int i = lane; i < G; i += WARP) { // its two best
+            float one = -INFINITY, two = -INFINITY;
+            for (int e = i * size; e < (i + 1) * size; e++) {
+                float c = choice[e];
+                if (c > one) two = one, one = c;
+                else if (c > two) two = c;
+            }
+            group_score[i] = one + two;
+        }
+        __syncwarp();
+        top_k(kept, keep, group_score, G, KG);
+        for (int e = lane; e < E; e += WARP)
+            if (!keep[e / size]) choice[e] = -INFINITY;
+        __syncwarp();
+    }
+    if (!hold) top_k(index, taken, choice, E, K);
+    float sum = 0;
+    for (int k = lane; k < K; k += WARP) sum += sn[index[k]];
+    sum = warp_sum(sum) + 1e-20f;
+    for (int k = lane; k < K; k += WARP)
+        g[(size_t)blockIdx.x * K + k] = scale * (norm ? sn[index[k]] / sum : sn[index[k]]);
+}
+
+static void router_forward(accum *s,          // [N, E] affinities
+                           int *topk,         // [N, K] experts taken
+                           accum *g,          // [N, K] their weights
+                           const real *x,     // [N, C]
+                           const real *w,     // [E, C]
+                           const accum *bias, // [E]
+                           size_t N, size_t C, size_t E, size_t K, size_t G, size_t KG, int norm,
+                           double scale)
+{
+    gemm(s, E, x, 0, C, w, 1, C, N, E, C, 0);
+    RUN_KERNEL(router_forward_kernel, grid_of(N, 1), WARP,
+               (E + G) * (sizeof(float) + 1) + KG * sizeof(int), s, topk, g, bias, (int)E, (int)K,
+               (int)G, (int)KG, norm, (float)scale, hold_routing);
+}
+
+// The selection is a constant. With S = sum of the selected s + 1e-20 and g_k = scale s_k / S:
+//     ds_k += scale / S (dg_k - sum_j dg_j s_j / S);   without norm  ds_k += scale dg_k.
+// s = sigmoid(z), z = x W^T:   dz = ds s (1 - s),  dx += dz W,  dW += dz^T x.
+// A warp a token, alone in its block; reads 8 E bytes, writes E.
+__global__ void router_backward_kernel(real *dz, accum *ds, const accum *dg, const accum *s,
+                                       const int *topk, int E, int K, int norm, float scale)
+{
+    const accum *sn = s + (size_t)blockIdx.x * E, *dgn = dg + (size_t)blockIdx.x * K;
+    const int *index = topk + (size_t)blockIdx.x * K;
+    accum *dsn = ds + (size_t)blockIdx.x * E;
+    int lane = (int)threadIdx.x;
+    float sum = 0, dot = 0;
+    for (int k = lane; k < K; k += WARP) sum += sn[index[k]], dot += dgn[k] * sn[index[k]];
+    sum = warp_sum(sum) + 1e-20f;
+    dot = warp_sum(dot) / sum;
+    for (int k = lane; k < K; k += WARP)
+        dsn[index[k]] += scale * (norm ? (dgn[k] - dot) / sum : dgn[k]);
+    __syncwarp();
+    for (int e = lane; e < E; e += WARP)
+        dz[(size_t)blockIdx.x * E + e] = (real)(dsn[e] * sn[e] * (1 - sn[e]));
+}
+
+static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, const accum *s,
+                            const int *topk, const real *x, const real *w, size_t N, size_t C,
+                            size_t E, size_t K, int norm, double scale)
+{
+    real *dz = (real *)scratch(N * E * sizeof(real)); // [N, E]
+    RUN_KERNEL(router_backward_kernel, grid_of(N, 1), WARP, 0, dz, ds, dg, s, topk, (int)E, (int)K,
+               norm, (float)scale);
+    matmul_backward_x(dx, dz, w, all_rows(N), E, C, ADD);
+    matmul_backward_w(dw, dz, x, all_rows(N), E, C);
+}
+
+// Sequence-wise balance loss ([V3] 17-20), for each sequence
+//     loss = sum_i f_i P_i,  P_i = mean_t s_ti / sum_j s_tj,
+//     f_i = E / (K T) * the number of tokens with i among the K best of s, bias and groups aside.
+// First, a warp a token: the sum of its affinities and its K best.
+__global__ void balance_tokens_kernel(accum *sums, unsigned char *best, int *index, const accum *s,
+                                      int E, int K, int hold)
+{
+    const accum *sn = s + (size_t)blockIdx.x * E;
+    float sum = 0;
+    for (int e = (int)threadIdx.x; e < E; e += WARP) sum += sn[e];
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+    if (!hold) top_k(index + (size_t)blockIdx.x * K, best + (size_t)blockIdx.x * E, sn, E, K);
+}
+
+// Then a block a sequence: a lane an expert, a warp every eighth token. Reads 5 E bytes a token.
+__global__ void balance_forward_kernel(accum *loss, accum *f, const accum *sums,
+                                       const unsigned char *best, const accum *s, int T, int E,
+                                       int K, int hold)
+{
+    enum { WARPS = BLOCK / WARP };
+    SHARED(float, share, [WARPS][WARP]);
+    SHARED(int, count, [WARPS][WARP]);
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    size_t n = (size_t)blockIdx.x * T;
+    float total = 0;
+    for (int e0 = 0; e0 < E; e0 += WARP) {
+        int e = e0 + lane, chosen = 0;
+        float P = 0;
+        for (int t = warp; t < T && e < E; t += WARPS) {
+            P += s[(n + t) * E + e] / sums[n + t];
+            if (!hold) chosen += best[(n + t) * E + e];
+        }
+        __syncthreads(); // the experts before have been added up
+        share[warp][lane] = P, count[warp][lane] = chosen;
+        __syncthreads();
+        if (warp > 0 || e >= E) continue;
+        for (int w = 1; w < WARPS; w++) P += share[w][lane], chosen += count[w][lane];
+        accum *fe = f + (size_t)blockIdx.x * E + e;
+        if (!hold) *fe = (float)chosen * (float)E / ((float)K * (float)T);
+        total += *fe * P / (float)T;
+    }
+    total = warp_sum(total);
+    if (threadIdx.x == 0) loss[blockIdx.x] = total;
+}
+
+static void balance_forward(accum *loss,    // [B]
+                            accum *f,       // [B, E]
+                            const accum *s, // [B, T, E]
+                            size_t B, size_t T, size_t E, size_t K)
+{
+    size_t N = B * T;
+    accum *sums = (accum *)scratch(N * (sizeof(accum) + K * sizeof(int) + E)); // [N]
+    int *index = (int *)(sums + N);                                            // [N, K]
+    unsigned char *best = (unsigned char *)(index + N * K);                    // [N, E]
+    RUN_KERNEL(balance_tokens_kernel, grid_of(N, 1), WARP, 0, sums, best, index, s, (int)E, (int)K,
+               hold_routing);
+    RUN_KERNEL(balance_forward_kernel, grid_of(B, 1), BLOCK, 0, loss, f, sums, best, s, (int)T,
+               (int)E, (int)K, hold_routing);
+}
+
+// loss = sum_i f_i mean_t s_ti / S_t with S_t = sum_j s_tj, f a constant:
+//     ds_ti = dloss / T (f_i / S_t - sum_j f_j s_tj / S_t^2).
+// A warp a token, alone in its block; reads 8 E bytes, writes 4 E.
+__global__ void balance_backward_kernel(accum *ds, float scale, const accum *f, const accum *s,
+                                        int T, int E)
+{
+    const accum *fb = f + (size_t)(blockIdx.x / T) * E, *sn = s + (size_t)blockIdx.x * E;
+    float sum = 0, dot = 0;
+    for (int e = (int)threadIdx.x; e < E; e += WARP) sum += sn[e], dot += fb[e] * sn[e];
+    sum = warp_sum(sum), dot = warp_sum(dot);
+    for (int e = (int)threadIdx.x; e < E; e += WARP)
+        ds[(size_t)blockIdx.x * E + e] = scale * (fb[e] - dot / sum) / sum;
+}
+
+static void balance_backward(accum *ds, double dloss, const accum *f, const accum *s, size_t B,
+                             size_t T, size_t E)
+{
+    RUN_KERNEL(balance_backward_kernel, grid_of(B * T, 1), WARP, 0, ds, (float)(dloss / (double)T),
+               f, s, (int)T, (int)E);
+}
+
+// Sorts the N K choices of experts by expert, tokens in order within one, and copies the tokens
+// there: xs[row[n,k]] = x[n]. Expert e then owns rows offsets[e] .. offsets[e+1].
+// A counting sort: a block counts the experts of its SORT choices; the counts are added up over
+// blocks and experts; each choice then finds its place.
+enum { SORT = BLOCK };
+
+__global__ void sort_count_kernel(int *count, const int *topk, size_t n, int E)
+{
+    size_t i = (size_t)blockIdx.x * SORT + threadIdx.x;
+    if (i < n) atomicAdd(&count[(size_t)blockIdx.x * E + topk[i]], 1);
+}
+
+// count[b,e] becomes the number of e's choices before block b's. One block.
+__global__ void sort_scan_kernel(int *offsets, int *count, int blocks, int E)
+{
+    for (int e = (int)threadIdx.x; e < E; e += BLOCK) {
+        int sum = 0;
+        for (int b = 0; b < blocks; b++) {
+            int *at = &count[(size_t)b * E + e], mine = *at;
+            *at = sum;
+            sum += mine;
+        }
+        offsets[e + 1] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x >= WARP) return;
+    int lane = (int)threadIdx.x, before = 0;
+    if (lane == 0) offsets[0] = 0;
+    for (int e0 = 0; e0 < E; e0 += WARP) {
+        int sum = e0 + lane < E ? offsets[e0 + lane + 1] : 0;
+        for (int d = 1; d < WARP; d *= 2) {
+            int other = __shfl_up_sync(~0u, sum, d);
+            if (lane >= d) sum += other;
+        }
+        if (e0 + lane < E) offsets[e0 + lane + 1] = before + sum;
+        before += __shfl_sync(~0u, sum, WARP - 1);
+    }
+}
+
+__global__ void sort_place_kernel(int *row, const int *offsets, const int *count, const int *topk,
+                                  size_t n, int E)
+{
+    SHARED(int, expert, [SORT]);
+    size_t i = (size_t)blockIdx.x * SORT + threadIdx.x;
+    int mine = i < n ? topk[i] : -1, rank = 0;
+    expert[threadIdx.x] = mine;
+    __syncthreads();
+    if (mine < 0) return;
+    for (unsigned j = 0; j < threadIdx.x; j++) rank += expert[j] == mine;
+    row[i] = offsets[mine] + count[(size_t)blockIdx.x * E + mine] + rank;
+}
+
+// A block a token. Reads C, writes K C.
+template <int W>
+__global__ void dispatch_forward_kernel(real *xs, const real *x, const int *row, size_t K, size_t C)
+{
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+        Pack<real, W> xi = load<W>(x + blockIdx.x * C + i);
+        for (size_t k = 0; k < K; k++) store<W>(xs + (size_t)row[blockIdx.x * K + k] * C + i, xi);
+    }
+}
+
+static void dispatch_forward(real *xs,        // [N K, C]
+                             int *offsets,    // [E + 1]
+                             int *row,        // [N, K]
+                             const real *x,   // [N, C]
+                             const int *topk, // [N, K]
+                             size_t N, size_t K, size_t E, size_t C)
+{
+    unsigned blocks = grid_of(N * K, SORT);
+    int *count = (int *)scratch(blocks * E * sizeof(int)); // [blocks, E]
+    device_zero(count, blocks * E * sizeof(int));
+    RUN_KERNEL(sort_count_kernel, blocks, SORT, 0, count, topk, N * K, (int)E);
+    RUN_KERNEL(sort_scan_kernel, 1, BLOCK, 0, offsets, count, (int)blocks, (int)E);
+    RUN_KERNEL(sort_place_kernel, blocks, SORT, 0, row, offsets, count, topk, N * K, (int)E);
+    RUN_WIDE(C, AT(xs) | AT(x), dispatch_forward_kernel, grid_of(N, 1), row_threads(C), 0, xs, x,
+             row, K, C);
+}
+
+// xs[row[n,k]] = x[n]: dx[n] = sum_k dxs[row[n,k]]. A block a token. Reads K C, writes C.
+template <int W>
+__global__ void dispatch_backward_kernel(real *dx, const real *dxs, const int *row, size_t K,
+                                         size_t C, int add)
+{
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+        Pack<real, W> to = {};
+        float sum[W];
+        if (add) to = load<W>(dx + blockIdx.x * C + i);
+        for (int j = 0; j < W; j++) sum[j] = add ? (float)to.x[j] : 0;
+        for (size_t k = 0; k < K; k++) {
+            Pack<real, W> from = load<W>(dxs + (size_t)row[blockIdx.x * K + k] * C + i);
+            for (int j = 0; j < W; j++) sum[j] += (float)from.x[j];
+        }
+        for (int j = 0; j < W; j++) to.x[j] = (real)sum[j];
+        store<W>(dx + blockIdx.x * C + i, to);
+    }
+}
+
+static void dispatch_backward(real *dx, const real *dxs, const int *row, size_t N, size_t K,
+                              size_t C, enum Mode mode)
+{
+    RUN_WIDE(C, AT(dx) | AT(dxs), dispatch_backward_kernel, grid_of(N, 1), row_threads(C), 0, dx,
+             dxs, row, K, C, mode == ADD);
+}
+
+// y[n] += sum_k g[n,k] out[row[n,k]]. A block a token. Reads (K + 1) C, writes C.
+template <int W>
+__global__ void combine_forward_kernel(real *y, const real *out, const accum *g, const int *row,
+                                       size_t K, size_t C)
+{
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+        Pack<real, W> to = load<W>(y + blockIdx.x * C + i);
+        float sum[W];
+        for (int j = 0; j < W; j++) sum[j] = (float)to.x[j];
+        for (size_t k = 0; k < K; k++) {
+            Pack<real, W> from = load<W>(out + (size_t)row[blockIdx.x * K + k] * C + i);
+            for (int j = 0; j < W; j++) sum[j] += g[blockIdx.x * K + k] * (float)from.x[j];
+        }
+        for (int j = 0; j < W; j++) to.x[j] = (real)sum[j];
+        store<W>(y + blockIdx.x * C + i, to);
+    }
+}
+
+static void combine_forward(real *y,         // [N, C], added to
+                            const real *out, // [N K, C]
+                            const accum *g,  // [N, K]
+                            const int *row,  // [N, K]
+                            size_t N, size_t K, size_t C)
+{
+    RUN_WIDE(C, AT(y) | AT(out), combine_forward_kernel, grid_of(N, 1), row_threads(C), 0, y, out, g,
+             row, K, C);
+}
+
+// y[n] += sum_k g[n,k] out[row[n,k]]:
+//     dout[row[n,k]] = g[n,k] dy[n],   dg[n,k] = dy[n] . out[row[n,k]].
+// A block a choice. Reads 2 C, writes C.
+template <int W>
+__global__ void combine_backward_kernel(real *dout, accum *dg, const real *dy, const real *out,
+                                        const accum *g, const int *row, size_t K, size_t C)
+{
+    size_t at = (size_t)row[blockIdx.x] * C, n = blockIdx.x / K;
+    float weight = g[blockIdx.x], dot = 0;
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+        Pack<real, W> d = load<W>(dy + n * C + i), o = load<W>(out + at + i);
+        for (int j = 0; j < W; j++) {
+            dot += (float)d.x[j] * (float)o.x[j];
+            d.x[j] = (real)(weight * (float)d.x[j]);
+        }
+        store<W>(dout + at + i, d);
+    }
+    dot = block_reduce<false>(dot);
+    if (threadIdx.x == 0) dg[blockIdx.x] = dot;
+}
+
+static void combine_backward(real *dout, accum *dg, const real *dy, const real *out, const accum *g,
+                             const int *row, size_t N, size_t K, size_t C)
+{
+    RUN_WIDE(C, AT(dout) | AT(dy) | AT(out), combine_backward_kernel, grid_of(N * K, 1),
+             row_threads(C), 0, dout, dg, dy, out, g, row, K, C);
+}
+
+// loss[n] = lse[n] - logits[n, target[n]] with lse = log sum exp; 0 where the target is -1.
+// A block a row, which it reads twice, the second time mostly from cache.
+template <int W>
+__global__ void cross_entropy_forward_kernel(accum *loss, accum *lse, const real *logits,
+                                             const int *target, size_t V)
+{
+    const real *z = logits + blockIdx.x * V;
+    float max = -INFINITY, sum = 0;
+    for (size_t v = threadIdx.x * W; v < V; v += blockDim.x * W) {
+        Pack<real, W> zv = load<W>(z + v);
+        for (int j = 0; j < W; j++) max = fmaxf(max, (float)zv.x[j]);
+    }
+    max = block_reduce<true>(max);
+    for (size_t v = threadIdx.x * W; v < V; v += blockDim.x * W) {
+        Pack<real, W> zv = load<W>(z + v);
+        for (int j = 0; j < W; j++) sum += expf((float)zv.x[j] - max);
+    }
+    sum = block_reduce<false>(sum);
+    if (threadIdx.x > 0) return;
+    int t = target[blockIdx.x];
+    float log_sum = max + logf(sum);
+    lse[blockIdx.x] = log_sum;
+    loss[blockIdx.x] = t < 0 ? 0 : log_sum - (float)z[t];
+}
+
+static void cross_entropy_forward(accum *loss,        // [N]
+                                  accum *lse,         // [N]
+                                  const real *logits, // [N, V]
+                                  const int *target,  // [N]
+                                  size_t N, size_t V)
+{
+    RUN_WIDE(V, AT(logits), cross_entropy_forward_kernel, grid_of(N, 1), row_threads(V), 0, loss,
+             lse, logits, target, V);
+}
+
+// loss = lse - z_target: dz_v = dloss (exp(z_v - lse) - [v = target]); 0 where the target is -1.
+// A block a row. Reads and writes V.
+template <int W>
+__global__ void cross_entropy_backward_kernel(real *dlogits, float dloss, const accum *lse,
+                                              const real *logits, const int *target, size_t V)
+{
+    size_t at = blockIdx.x * V, t = (size_t)target[blockIdx.x];
+    float scale = target[blockIdx.x] < 0 ? 0 : dloss, log_sum = lse[blockIdx.x];
+    for (size_t v = threadIdx.x * W; v < V; v += blockDim.x * W) {
+        Pack<real, W> z = load<W>(logits + at + v);
+        for (int j = 0; j < W; j++)
+            z.x[j] = (real)(scale * (expf((float)z.x[j] - log_sum) - (v + j == t ? 1 : 0)));
+        store<W>(dlogits + at + v, z);
+    }
+}
+
+static void cross_entropy_backward(real *dlogits, double dloss, const accum *lse,
+                                   const real *logits, const int *target, size_t N, size_t V)
+{
+    RUN_WIDE(V, AT(dlogits) | AT(logits), cross_entropy_backward_kernel, grid_of(N, 1),
+             row_threads(V), 0, dlogits, (float)dloss, lse, logits, target, V);
+}
+
+// Attention over a cache of latents, queries of any sequences at any positions ([V2] 2.1.2). Keys
+// and values are never formed: with W_b = [W_uk; W_uv] of head h,
+//     q_nope . (W_uk c) = (W_uk^T q_nope) . c,   sum_u p_u W_uv c_u = W_uv (sum_u p_u c_u).
+// Row n belongs to sequence slot[n]; the entry of position u stands at u mod capacity, and the
+// last `window` positions are seen.
+// A block a row and head: each warp takes every eighth position and keeps the largest score, the sum
+// of exp and that of exp c; at the end the eight are merged. Reads Rkv + Dr a position, the heads of
+// a row from L2.
+__global__ void latent_attention_kernel(real *latent, const real *q, const real *c_kv,
+                                        const real *k_pe, const int *slot, const int *pos, int n,
+                                        int NH, int Dn, int Dr, int Rkv, size_t capacity,
+                                        size_t window, float scale)
+{
+    enum { WARPS = BLOCK / WARP };
+    DYNAMIC_SHARED(float, query);                       // [Rkv + Dr]
+    float *sums = query + Rkv + Dr;                     // [WARPS, Rkv]
+    SHARED(float, max_of, [WARPS]);
+    SHARED(float, total_of, [WARPS]);
+    int row = (int)blockIdx.x / NH, h = (int)blockIdx.x % NH;
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    size_t last = (size_t)pos[row], seen = last + 1 < window ? last + 1 : window;
+    size_t first = last + 1 - seen, base = (size_t)slot[row] * capacity;
+    real *ql = latent + ((size_t)h * n + row) * Rkv;
+    float *mine = sums + warp * Rkv, max = -INFINITY, total = 0;
+    for (int j = (int)threadIdx.x; j < Rkv + Dr; j += BLOCK)
+        query[j] = (float)(j < Rkv ? ql[j] : q[((size_t)row * NH + h) * (Dn + Dr) + Dn + j - Rkv]);
+    for (int j = lane; j < Rkv; j += WARP) mine[j] = 0;
+    __syncthreads();
+    for (size_t u = warp; u < seen; u += WARPS) {
+        size_t at = base + (first + u) % capacity;
+        float score = 0;
+        for (int j = lane; j < Rkv; j += WARP) score += query[j] * (float)c_kv[at * Rkv + j];
+        for (int j = lane; j < Dr; j += WARP) score += query[Rkv + j] * (float)k_pe[at * Dr + j];
+        score = scale * warp_sum(score);
+        float most = fmaxf(max, score), shrink = expf(max - most), weight = expf(score - most);
+        for (int j = lane; j < Rkv; j += WARP)
+            mine[j] = mine[j] * shrink + weight * (float)c_kv[at * Rkv + j];
+        total = total * shrink + weight;
+        max = most;
+    }
+    if (lane == 0) max_of[warp] = max, total_of[warp] = total;
+    __syncthreads();
+    for (int w = 0; w < WARPS; w++) max = fmaxf(max, max_of[w]);
+    total = 0;
+    for (int w = 0; w < WARPS; w++) total += total_of[w] * expf(max_of[w] - max);
+    real *to = latent + ((size_t)(NH + h) * n + row) * Rkv;
+    for (int j = (int)threadIdx.x; j < Rkv; j += BLOCK) {
+        float sum = 0;
+        for (int w = 0; w < WARPS; w++) sum += sums[w * Rkv + j] * expf(max_of[w] - max);
+        to[j] = (real)(sum / total);
+    }
+}
+
+static void latent_attention(real *out,         // [n, NH, Dv]
+                             real *latent,      // [2, NH, n, Rkv] workspace: queries, sums
+                             const real *q,     // [n, NH, Dn + Dr]
+                             const real *w_b,   // [NH, Dn + Dv, Rkv]
+                             const real *c_kv,  // [slots, capacity, Rkv]
+                             const real *k_pe,  // [slots, capacity, Dr]
+                             const int *slot,   // [n]
+                             const int *pos,    // [n]
+                             size_t n, size_t NH, size_t Dn, size_t Dr, size_t Dv, size_t Rkv,
+                             size_t capacity, size_t window, double scale)
+{
+    size_t Dq = Dn + Dr, step = (Dn + Dv) * Rkv;
+    gemm(latent, Rkv, q, 0, NH * Dq, w_b, 0, Rkv, n, Rkv, Dn, 0, NH, n * Rkv, Dq, step);
+    RUN_KERNEL(latent_attention_kernel, grid_of(n * NH, 1), BLOCK,
+               (Rkv + Dr + BLOCK / WARP * Rkv) * sizeof(float), latent, q, c_kv, k_pe, slot, pos,
+               (int)n, (int)NH, (int)Dn, (int)Dr, (int)Rkv, capacity, window, (float)scale);
+    gemm(out, NH * Dv, latent + n * NH * Rkv, 0, Rkv, w_b + Dn * Rkv, 1, Rkv, n, Dv, Rkv, 0, NH, Dv,
+         n * Rkv, step);
+}
+
+// Copies new entries into such a cache: row n goes to position pos[n] of sequence slot[n].
+__global__ void cache_store_kernel(real *cache, const real *x, const int *slot, const int *pos,
+                                   size_t width, size_t capacity)
+{
+    size_t n = blockIdx.x, at = (size_t)slot[n] * capacity + (size_t)pos[n] % capacity;
+    for (size_t i = threadIdx.x; i < width; i += blockDim.x)
+        cache[at * width + i] = x[n * width + i];
+}
+
+static void cache_store(real *cache,     // [slots, capacity, width]
+                        const real *x,   // [n, width]
+                        const int *slot, // [n]
+                        const int *pos,  // [n]
+                        size_t n, size_t width, size_t capacity)
+{
+    RUN_KERNEL(cache_store_kernel, grid_of(n, 1), row_threads(width), 0, cache, x, slot, pos, width,
+               capacity);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 6  Optimizers
+
+// sum_i x_i^2, added up in fixed blocks. Reads 4 bytes a number.
+__global__ void sum_squares_kernel(double *part, const accum *x, size_t n)
+{
+    SHARED(double, sums, [BLOCK]);
+    double sum = 0;
+    for (size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x; i < n; i += (size_t)gridDim.x * BLOCK)
+        sum += (double)x[i] * (double)x[i];
+    sums[threadIdx.x] = sum;
+    for (int half = BLOCK / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if ((int)threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) part[blockIdx.x] = sums[0];
+}
+
+static double sum_squares(const accum *x, size_t n)
+{
+    size_t blocks = min_size(ceil_div(n, BLOCK), 1024);
+    double *part = (double *)scratch(blocks * sizeof(double)), host[1024], sum = 0;
+    RUN_KERNEL(sum_squares_kernel, grid_of(blocks, 1), BLOCK, 0, part, x, n);
+    to_host(host, part, blocks * sizeof(double));
+    for (size_t b = 0; b < blocks; b++) sum += host[b];
+    return sum;
+}
+
+// One step of AdamW on the spans of the weights; step counts from 1, the gradient is taken times
+// g_scale.
+//     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
+//     w -= lr (decay w + m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)).
+// master is what is trained, weights its copy for operations. A block a piece, 4 numbers a thread at
+// once; reads 16 bytes a weight, writes 12 and, rounded, 2.
+typedef struct {
+    float b1, b2, rate, correct2, keep, eps, scale; // keep: 1 - lr decay
+} AdamW;
+
+__global__ void adamw_kernel(real *weights, accum *master, accum *m, accum *v, const accum *grads,
+                             const Span *span, int spans, AdamW a)
+{
+    int low = 0, high = spans - 1; // the span that this piece belongs to
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (span[middle].first <= blockIdx.x) low = middle;
+        else high = middle - 1;
+    }
+    Span s = span[low];
+    float keep = s.decays ? a.keep : 1;
+    size_t begin = (blockIdx.x - s.first) * SPAN_PIECE, end = begin + SPAN_PIECE;
+    if (end > s.size) end = s.size;
+    for (size_t i = begin + threadIdx.x * 4; i < end; i += BLOCK * 4) {
+        size_t at = s.offset + i; // tensors are padded: what lies past the end stays 0
+        Pack<float, 4> g4 = load<4>(grads + at), m4 = load<4>(m + at), v4 = load<4>(v + at);
+        Pack<float, 4> w4 = load<4>(master + at);
+        Pack<real, 4> rounded;
+        for (int j = 0; j < 4; j++) {
+            float g = g4.x[j] * a.scale;
+            m4.x[j] = a.b1 * m4.x[j] + (1 - a.b1) * g;
+            v4.x[j] = a.b2 * v4.x[j] + (1 - a.b2) * g * g;
+            w4.x[j] = keep * w4.x[j] - a.rate * m4.x[j] / (sqrtf(v4.x[j]) * a.correct2 + a.eps);
+            rounded.x[j] = (real)w4.x[j];
+        }
+        store<4>(m + at, m4);
+        store<4>(v + at, v4);
+        store<4>(master + at, w4);
+        if (sizeof(real) < sizeof(accum)) store<4>(weights + at, rounded);
+    }
+}
+
+static void adamw_step(real *weights, accum *master, accum *m, accum *v, const accum *grads,
+                       const Span *span, size_t spans, size_t pieces, long step, double lr,
+                       double beta1, double beta2, double eps, double decay, double g_scale)
+{
+    AdamW a = {(float)beta1, (float)beta2, (float)(lr / (1 - pow(beta1, (double)step))),
+               (float)(1 / sqrt(1 - pow(beta2, (double)step))), (float)(1 - lr * decay),
+               (float)eps, (float)g_scale};
+    RUN_KERNEL(adamw_kernel, grid_of(pieces, 1), BLOCK, 0, weights, master, m, v, grads, span,
+               (int)spans, a);
+}
+
+// The router's bias moves towards balance: b_i += speed sign(mean load - load_i) ([V3] 2.1.2).
+// Clears the load. One block.
+__global__ void router_bias_kernel(accum *bias, int *load, int E, float speed)
+{
+    SHARED(long long, sums, [BLOCK]);
+    long long total = 0; // E load_i is compared with the total: in integers nothing is rounded
+    for (int e = (int)threadIdx.x; e < E; e += BLOCK) total += load[e];
+    sums[threadIdx.x] = total;
+    __syncthreads();
+    total = 0;
+    for (int i = 0; i < BLOCK; i++) total += sums[i];
+    for (int e = (int)threadIdx.x; e < E; e += BLOCK) {
+        long long times_E = (long long)load[e] * E;
+        bias[e] += times_E < total ? speed : times_E > total ? -speed : 0;
+        load[e] = 0;
+    }
+}
+
+static void router_bias_step(accum *bias, // [E]
+                             int *load,   // [E] tokens each expert got in this step
+                             size_t E, double speed)
+{
+    RUN_KERNEL(router_bias_kernel, 1, BLOCK, 0, bias, load, (int)E, (float)speed);
+}
+
+// load_e += offsets[e+1] - offsets[e].
+__global__ void count_load_kernel(int *load, const int *offsets, size_t E)
+{
+    size_t e = (size_t)blockIdx.x * BLOCK + threadIdx.x;
+    if (e < E) load[e] += offsets[e + 1] - offsets[e];
+}
+
+static void count_load(int *load, const int *offsets, size_t E)
+{
+    RUN_KERNEL(count_load_kernel, grid_of(E, BLOCK), BLOCK, 0, load, offsets, E);
+}
+
+// M = mu M + G,  X = G + mu M, and |X|^2. A block a matrix; G, M and X of the next one stand n on.
+__global__ void muon_momentum_kernel(real *X, accum *M, const accum *G, float *square, size_t n,
+                                     float mu, float scale)
+{
+    size_t at = blockIdx.x * n;
+    float sum = 0;
+    for (size_t i = at + threadIdx.x; i < at + n; i += BLOCK) {
+        float g = scale * G[i], momentum = mu * M[i] + g, x = g + mu * momentum;
+        M[i] = momentum;
+        X[i] = (real)x;
+        sum += x * x;
+    }
+    sum = block_reduce<false>(sum);
+    if (threadIdx.x == 0) square[blockIdx.x] = sum;
+}
+
+// X <- X / |X|
+__global__ void muon_shrink_kernel(real *X, const float *square, size_t n, size_t all)
+{
+    size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x;
+    if (i < all) X[i] = (real)((float)X[i] / (sqrtf(square[i / n]) + 1e-30f));
+}
+
+// to <- a x + b to
+__global__ void blend_kernel(real *to, const real *x, float a, float b, size_t n)
+{
+    size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x;
+    if (i < n) to[i] = (real)(a * (float)x[i] + b * (float)to[i]);
+}
+
+// Makes X [m, n], of norm <= 1, nearly orthogonal, `count` times: five steps of
+//     A = X X^T,  X <- a X + (b A + c A^2) X,
+// which take every singular value close to 1 ([Muon]); where m > n, A = X^T X and the factor stands
+// on the right.
+static void newton_schulz(real *X,           // [count, m, n]
+                          real *Y,           // [count, m, n] workspace
+                          real *A, real *A2, // [count, k, k] workspace, k = min(m, n)
+                          size_t count, size_t m, size_t n)
+{
+    const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
+    size_t k = min_size(m, n), mn = m * n, kk = k * k;
+    int tall = m > n;
+    for (int step = 0; step < 5; step++) {
+        gemm(A, k, X, tall, n, X, !tall, n, k, k, tall ? m : n, 0, count, kk, mn, mn);
+        gemm(A2, k, A, 0, k, A, 1, k, k, k, k, 0, count, kk, kk, kk);
+        RUN_KERNEL(blend_kernel, grid_of(count * kk, BLOCK), BLOCK, 0, A2, A, b, c, count * kk);
+        if (tall) gemm(Y, n, X, 0, n, A2, 0, k, m, n, k, 0, count, mn, mn, kk);
+        else gemm(Y, n, A2, 0, k, X, 0, n, m, n, k, 0, count, mn, kk, mn);
+        RUN_KERNEL(blend_kernel, grid_of(count * mn, BLOCK), BLOCK, 0, X, Y, 1, a, count * mn);
+    }
+}
+
+__global__ void muon_update_kernel(real *weights, accum *master, const real *X, float rate,
+                                   float keep, size_t n)
+{
+    size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x;
+    if (i >= n) return;
+    master[i] = keep * master[i] - rate * (float)X[i];
+    if (sizeof(real) < sizeof(accum)) weights[i] = (real)master[i];
+}
+
+// One step of Muon on each matrix W; the gradient is taken times g_scale.
+//     M = mu M + G,  X = orthogonal(G + mu M),  W -= lr (decay W + 0.2 sqrt(max(rows, cols)) X).
+// The factor gives steps the size that AdamW's have, so that one lr does for both (Moonlight, 2.2).
+// Matrices of one size that stand side by side, as experts do, are taken together.
+static void muon_step(real *weights, accum *master, accum *momentum, const accum *grads,
+                      const Matrix *matrix, size_t matrices, double lr, double mu, double decay,
+                      double g_scale)
+{
+    enum { TOGETHER = 1 << 26 }; // numbers of X
+    for (size_t i = 0, count; i < matrices; i += count) {
+        Matrix it = matrix[i];
+        size_t m = it.rows, n = it.cols, mn = m * n, k = min_size(m, n), at = it.offset;
+        for (count = 1; i + count < matrices && (count + 1) * mn <= TOGETHER; count++) {
+            Matrix next = matrix[i + count];
+            if (next.rows != m || next.cols != n || next.offset != at + count * mn) break;
+        }
+        float *square = (float *)scratch(
+            ceil_div(count, 4) * 16 + 2 * count * (mn + k * k) * sizeof(real));
+        real *X = (real *)(square + ceil_div(count, 4) * 4), *Y = X + count * mn;
+        real *A = Y + count * mn, *A2 = A + count * k * k;
+        RUN_KERNEL(muon_momentum_kernel, grid_of(count, 1), BLOCK, 0, X, momentum + at, grads + at,
+                   square, mn, (float)mu, (float)g_scale);
+        RUN_KERNEL(muon_shrink_kernel, grid_of(count * mn, BLOCK), BLOCK, 0, X, square, mn,
+                   count * mn);
+        newton_schulz(X, Y, A, A2, count, m, n);
+        RUN_KERNEL(muon_update_kernel, grid_of(count * mn, BLOCK), BLOCK, 0, weights + at,
+                   master + at, X, (float)(lr * 0.2 * sqrt((double)(m > n ? m : n))),
+                   (float)(1 - lr * decay), count * mn);
+    }
+}
+
+#endif // MOE_CUDA
