@@ -88,21 +88,18 @@ More settings, to test how a program takes what it finds: EMU_DEVICES=0 (no GPU)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static // works, but neither poisoned nor guarded: prefer SHARED
 
-struct uint3 { unsigned x, y, z; };
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-#define EMU_VECTORS(type, name, align) \
-    struct alignas(2 * sizeof(type)) name##2 { type x, y; }; \
-    struct name##3 { type x, y, z; }; \
-    struct alignas(align) name##4 { type x, y, z, w; }; \
-    static inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
-    static inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; } \
-    static inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
-#define uint3 emu_uint3 // there already
+#define EMU_VECTORS(T, name, align) \
+    struct alignas(2 * sizeof(T)) name##2 { T x, y; }; \
+    struct name##3 { T x, y, z; }; \
+    struct alignas(align) name##4 { T x, y, z, w; }; \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
+    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
+    inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 EMU_VECTORS(unsigned, uint, 16)
-#undef uint3
 EMU_VECTORS(float, float, 16)
 EMU_VECTORS(int, int, 16)
 EMU_VECTORS(double, double, 16)
@@ -120,14 +117,12 @@ constexpr int warpSize = 32;
 
 namespace emu {
 
-constexpr size_t PAGE = 4096, GRANULE = 256 << 10, STATIC_SHARED = 48 << 10, MAX_SHARED = 227 << 10;
-#ifdef EMU_ASAN
-constexpr size_t STACK = 512 << 10;
-#else
-constexpr size_t STACK = 128 << 10; // bytes of stack a thread has, touched only where used
-#endif
+constexpr size_t PAGE = 4096, GRANULE = 256 << 10;
+constexpr size_t STATIC_SHARED = 48 << 10, MAX_SHARED = 227 << 10; // a block's, without and with asking
+constexpr size_t STACK = 256 << 10; // a thread's: address space, memory only where it is used
 
-// A cudaMalloc: pages low..high stand between two that are never open; data ends within 15 bytes of high.
+// What cudaMalloc gave: the pages low..high, of which `size` bytes from data on are the user's. They
+// end less than 16 bytes before high. The page before low and the page from high on are never open.
 struct Allocation {
     char *low, *high, *data;
     size_t size;
@@ -160,7 +155,7 @@ struct Thread { // a CUDA thread of the block that runs now
 };
 
 struct Warp { // masks have a bit for each lane, `ready` one for each place in the order of lanes
-    unsigned ready, waiting, mask[32];
+    unsigned ready, waiting, mask[32], syncs; // how often it passed __syncwarp
     uint64_t value[32], result[32];
     int argument[32], width[32];
     float *d[32]; // the operands of mma and ldmatrix
@@ -204,7 +199,8 @@ struct Machine {
     // The block
     uint64_t block = 0, blocks_begun = 0;
     unsigned threads = 0, warp_count = 0, warp_place = 0, arrived = 0, returned = 0;
-    int barrier_line = 0, votes_or = 0, votes_and = 1, votes = 0, result_or = 0, result_and = 0, result = 0;
+    unsigned barriers = 0, votes = 0, counted = 0; // barriers passed; votes for the next, for the last
+    int barrier_line = 0;
     Thread *thread = nullptr; // that runs now; null outside kernels
     Thread all[1024];
     Warp warp[32];
@@ -216,6 +212,10 @@ struct Machine {
     Context host, *context = &host;
     std::vector<Context *> idle;
     std::list<Context> stacks;
+    // Races: see cuda_race.h
+    void (*access)(const void *p, size_t size, bool write) = nullptr;
+    int atomic = 0, quiet = 0;
+    uint64_t first_block = 0; // of this launch
 };
 inline Machine m;
 
@@ -519,12 +519,12 @@ inline bool begin_block() // false: there is none
         }
     }
     for (unsigned w = 0; w < m.warp_count; w++) {
-        m.warp[w].ready = m.warp[w].waiting = 0;
+        m.warp[w].ready = m.warp[w].waiting = m.warp[w].syncs = 0;
         for (unsigned l = 0; l < 32 && w * 32 + l < m.threads; l++) m.warp[w].ready |= 1u << m.place_of[l];
     }
     for (unsigned t = 0; t < m.threads; t++) m.all[t].state = Thread::FRESH;
     m.warp_place = m.arrived = m.returned = 0;
-    m.votes_or = m.votes = 0, m.votes_and = 1;
+    m.barriers = m.votes = 0;
     return true;
 }
 
@@ -542,8 +542,9 @@ inline const char *doing(const Thread &t)
     for (unsigned t = 0; t < m.threads; t++) { // a lane that waits for lanes which do not come
         if (m.all[t].state != Thread::WARP) continue;
         Warp &w = m.warp[t / 32];
-        unsigned missing = w.mask[t % 32] & ~w.waiting, l = (unsigned)__builtin_ctz(missing);
-        unsigned other = t / 32 * 32 + l;
+        unsigned missing = w.mask[t % 32] & ~w.waiting;
+        if (!missing) continue; // another lane of its mask has another mask, and waits
+        unsigned l = (unsigned)__builtin_ctz(missing), other = t / 32 * 32 + l;
         m.thread = &m.all[t];
         fail("%s at line %d waits for lanes 0x%08x of mask 0x%08x: lane %u %s", m.all[t].what, m.all[t].line,
              missing, w.mask[t % 32], l, other < m.threads ? doing(m.all[other]) : "does not exist");
@@ -627,19 +628,21 @@ inline void wait(Thread::State state, const char *what, int line)
     me->state = Thread::RUNNING;
 }
 
-inline void barrier(const char *what, int line, int vote = 0)
+inline int barrier(const char *what, int line, int vote = 0) // how many threads voted
 {
     if (!m.thread) fail("%s at line %d outside a kernel", what, line);
     if (m.arrived++ == 0) m.barrier_line = line;
     if (m.barrier_line != line)
         fail("threads of one block at different barriers: lines %d and %d", m.barrier_line, line);
-    m.votes_or |= !!vote, m.votes_and &= !!vote, m.votes += !!vote;
+    m.votes += vote != 0;
     if (m.arrived == m.threads) { // the last: all go on, from the first in order
-        m.result_or = m.votes_or, m.result_and = m.votes_and, m.result = m.votes;
-        m.votes_or = m.votes = m.arrived = m.warp_place = 0, m.votes_and = 1;
+        m.barriers++;
+        m.counted = m.votes;
+        m.votes = m.arrived = m.warp_place = 0;
         for (unsigned t = 0; t < m.threads; t++) m.warp[t / 32].ready |= 1u << m.place_of[t % 32];
     }
     wait(Thread::BARRIER, what, line);
+    return (int)m.counted; // the next barrier cannot be complete before this thread comes to it
 }
 
 inline void run_grid()
@@ -648,6 +651,7 @@ inline void run_grid()
     for (int i = 0; i < 9; i++) next_random();
     m.blocks = make_order((uint64_t)gridDim.x * gridDim.y * gridDim.z);
     m.blocks_begun = 0;
+    m.first_block = m.block + 1;
     begin_block();
     become(pick());
     switch_to(idle_stack());
@@ -726,7 +730,7 @@ void launch(const char *name, const char *file, int line, void (*kernel)(P...), 
     (void)i, (check_argument(++i, args), ...);
     m.arguments = &call;
     m.body = [](const void *c) {
-        std::apply(((const Call *)c)->kernel, std::tuple<P...>(((const Call *)c)->args));
+        std::apply(((const Call *)c)->kernel, ((const Call *)c)->args);
     };
     unsigned threads = block.x * block.y * block.z;
     if (threads != m.threads || block.x != blockDim.x || block.y != blockDim.y)
@@ -798,6 +802,7 @@ inline void run_op(Warp &w, Op op, unsigned mask)
     unsigned votes = 0;
     for (unsigned l = 0; l < 32; l++)
         if (mask >> l & 1 && w.value[l]) votes |= 1u << l;
+    w.syncs += op == SYNCWARP; // the only one that orders memory
     if (op == MMA) return run_mma(w);
     if (op == LDMATRIX || op == LDMATRIX_T) return run_ldmatrix(w, w.argument[0], op == LDMATRIX_T);
     for (int lane = 0; lane < 32; lane++) {
@@ -876,22 +881,30 @@ inline void do_copy(const Copy &c)
     static emu::SharedOf<type __VA_ARGS__> name##_pages(#name); \
     auto &name = name##_pages.get()
 
-static inline void emu_order(const char *order) { emu::set_order(order); }
-static inline void emu_name(const void *device, const char *name) // for the messages
+inline void emu_order(const char *order) { emu::set_order(order); }
+inline void emu_name(const void *device, const char *name) // for the messages
 {
     if (emu::Allocation *a = emu::find(device)) a->name = name;
 }
 
-static inline void __syncthreads(EMU_HERE) { emu::barrier("__syncthreads", line); }
-static inline int __syncthreads_or(int p, EMU_HERE) { return emu::barrier("__syncthreads_or", line, p), emu::m.result_or; }
-static inline int __syncthreads_and(int p, EMU_HERE) { return emu::barrier("__syncthreads_and", line, p), emu::m.result_and; }
-static inline int __syncthreads_count(int p, EMU_HERE) { return emu::barrier("__syncthreads_count", line, p), emu::m.result; }
-static inline void __syncwarp(unsigned mask = ~0u, EMU_HERE) { emu::meet(emu::SYNCWARP, mask, line); }
-static inline unsigned __ballot_sync(unsigned mask, int p, EMU_HERE) { return (unsigned)emu::meet(emu::BALLOT, mask, line, p != 0); }
-static inline int __any_sync(unsigned mask, int p, EMU_HERE) { return (int)emu::meet(emu::ANY, mask, line, p != 0); }
-static inline int __all_sync(unsigned mask, int p, EMU_HERE) { return (int)emu::meet(emu::ALL, mask, line, p != 0); }
+inline void __syncthreads(EMU_HERE) { emu::barrier("__syncthreads", line); }
+inline int __syncthreads_count(int p, EMU_HERE)
+{
+    return emu::barrier("__syncthreads_count", line, p);
+}
+inline int __syncthreads_or(int p, EMU_HERE) { return emu::barrier("__syncthreads_or", line, p) > 0; }
+inline int __syncthreads_and(int p, EMU_HERE)
+{
+    return emu::barrier("__syncthreads_and", line, p) == (int)emu::m.threads;
+}
+inline void __syncwarp(unsigned mask = ~0u, EMU_HERE) { emu::meet(emu::SYNCWARP, mask, line); }
+#define EMU_VOTE(type, name, op) \
+    inline type name(unsigned mask, int p, EMU_HERE) { return (type)emu::meet(emu::op, mask, line, p != 0); }
+EMU_VOTE(unsigned, __ballot_sync, BALLOT)
+EMU_VOTE(int, __any_sync, ANY)
+EMU_VOTE(int, __all_sync, ALL)
 // CUDA promises nothing of which other lanes run with this one: here none does.
-static inline unsigned __activemask() { return 1u << (emu::m.thread - emu::m.all) % 32; }
+inline unsigned __activemask() { return 1u << (emu::m.thread - emu::m.all) % 32; }
 #define EMU_SHUFFLE(name, op, type) \
     template <class T> T name(unsigned mask, T v, type by, int width = 32, EMU_HERE) \
     { return emu::shuffle(emu::op, mask, v, (int)by, width, line); }
@@ -900,12 +913,12 @@ EMU_SHUFFLE(__shfl_up_sync, SHFL_UP, unsigned)
 EMU_SHUFFLE(__shfl_down_sync, SHFL_DOWN, unsigned)
 EMU_SHUFFLE(__shfl_xor_sync, SHFL_XOR, int)
 
-static inline void mma_16x8x16(float d[4], const unsigned a[4], const unsigned b[2], EMU_HERE)
+inline void mma_16x8x16(float d[4], const unsigned a[4], const unsigned b[2], EMU_HERE)
 {
     emu::meet(emu::MMA, ~0u, line, 0, 0, 32, d, (unsigned *)a, b);
 }
 #define EMU_LDMATRIX(name, n, op) \
-    static inline void name(unsigned r[n], const void *row, EMU_HERE) \
+    inline void name(unsigned r[n], const void *row, EMU_HERE) \
     { \
         if ((emu::m.thread - emu::m.all) % 32 < 8 * n) emu::need_shared(#name, row, line); \
         emu::meet(emu::op, ~0u, line, 0, n, 32, nullptr, r, row); \
@@ -917,7 +930,7 @@ EMU_LDMATRIX(ldmatrix_x4_trans, 4, LDMATRIX_T)
 
 // The hardware may copy at any time until the wait. Forwards the copy is made as late as can be, else at
 // once: what is right in both does not depend on when.
-static inline void cp_async_16(void *shared, const void *global, bool valid, EMU_HERE)
+inline void cp_async_16(void *shared, const void *global, bool valid, EMU_HERE)
 {
     emu::Thread *t = emu::m.thread;
     emu::need_shared("cp_async_16", shared, line);
@@ -925,7 +938,7 @@ static inline void cp_async_16(void *shared, const void *global, bool valid, EMU
     if (emu::m.now == emu::Machine::FORWARD) t->copies.push_back({shared, global, valid, t->copy_group});
     else emu::do_copy({shared, global, valid, 0});
 }
-static inline void cp_async_commit() { emu::m.thread->copy_group++; }
+inline void cp_async_commit() { emu::m.thread->copy_group++; }
 template <int N> void cp_async_wait() // until all but the last N groups are here
 {
     emu::Thread *t = emu::m.thread;
@@ -948,7 +961,7 @@ EMU_ATOMIC(atomicMin, old < v ? old : v)
 EMU_ATOMIC(atomicAnd, old & v)
 EMU_ATOMIC(atomicOr, old | v)
 EMU_ATOMIC(atomicXor, old ^ v)
-static inline unsigned atomicInc(unsigned *p, unsigned limit) { unsigned old = *p; *p = old >= limit ? 0 : old + 1; return old; }
+inline unsigned atomicInc(unsigned *p, unsigned limit) { unsigned old = *p; *p = old >= limit ? 0 : old + 1; return old; }
 template <class T> T atomicAdd(T *p, typename emu::Same<T>::type v)
 {
     if (std::is_same<T, float>::value && emu::m.order == emu::Machine::AGREE)
@@ -965,28 +978,28 @@ template <class T> T atomicCAS(T *p, typename emu::Same<T>::type expected, typen
 }
 
 template <class To, class From> To emu_bits(From v) { To t; static_assert(sizeof t == sizeof v, ""); memcpy(&t, &v, sizeof t); return t; }
-static inline unsigned __float_as_uint(float f) { return emu_bits<unsigned>(f); }
-static inline int __float_as_int(float f) { return emu_bits<int>(f); }
-static inline float __uint_as_float(unsigned u) { return emu_bits<float>(u); }
-static inline float __int_as_float(int i) { return emu_bits<float>(i); }
-static inline int __popc(unsigned u) { return __builtin_popcount(u); }
-static inline int __ffs(int u) { return __builtin_ffs(u); }
-static inline int __clz(int u) { return u ? __builtin_clz((unsigned)u) : 32; }
-static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline unsigned __float_as_uint(float f) { return emu_bits<unsigned>(f); }
+inline int __float_as_int(float f) { return emu_bits<int>(f); }
+inline float __uint_as_float(unsigned u) { return emu_bits<float>(u); }
+inline float __int_as_float(int i) { return emu_bits<float>(i); }
+inline int __popc(unsigned u) { return __builtin_popcount(u); }
+inline int __ffs(int u) { return __builtin_ffs(u); }
+inline int __clz(int u) { return u ? __builtin_clz((unsigned)u) : 32; }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 #define __expf(x) expf(x) // macros: the C library has functions of these names
 #define __logf(x) logf(x)
-static inline float __fdividef(float x, float y) { return x / y; }
-static inline float __frcp_rn(float x) { return 1.0f / x; }
-static inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
-static inline float __fmul_rn(float x, float y) { return x * y; }
-static inline float __fadd_rn(float x, float y) { return x + y; }
-static inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }
-static inline void __threadfence() {}
-static inline void __threadfence_block() {}
-[[noreturn]] static inline void __trap() { emu::fail("__trap"); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+[[noreturn]] inline void __trap() { emu::fail("__trap"); }
 #define EMU_MIN_MAX(type) \
-    static inline type min(type a, type b) { return a < b ? a : b; } \
-    static inline type max(type a, type b) { return a > b ? a : b; }
+    inline type min(type a, type b) { return a < b ? a : b; } \
+    inline type max(type a, type b) { return a > b ? a : b; }
 EMU_MIN_MAX(int)
 EMU_MIN_MAX(unsigned)
 EMU_MIN_MAX(long)
@@ -1020,27 +1033,27 @@ struct alignas(4) __nv_bfloat162 {
 typedef __nv_bfloat16 nv_bfloat16;
 typedef __nv_bfloat162 nv_bfloat162;
 #define EMU_BF16_OPERATOR(op, function) \
-    static inline __nv_bfloat16 operator op(__nv_bfloat16 a, __nv_bfloat16 b) { return (float)a op (float)b; } \
-    static inline __nv_bfloat16 function(__nv_bfloat16 a, __nv_bfloat16 b) { return a op b; } \
-    static inline __nv_bfloat162 function##2(__nv_bfloat162 a, __nv_bfloat162 b) { return {a.x op b.x, a.y op b.y}; }
+    inline __nv_bfloat16 operator op(__nv_bfloat16 a, __nv_bfloat16 b) { return (float)a op (float)b; } \
+    inline __nv_bfloat16 function(__nv_bfloat16 a, __nv_bfloat16 b) { return a op b; } \
+    inline __nv_bfloat162 function##2(__nv_bfloat162 a, __nv_bfloat162 b) { return {a.x op b.x, a.y op b.y}; }
 EMU_BF16_OPERATOR(+, __hadd)
 EMU_BF16_OPERATOR(-, __hsub)
 EMU_BF16_OPERATOR(*, __hmul)
-static inline float __bfloat162float(__nv_bfloat16 b) { return b; }
-static inline __nv_bfloat16 __float2bfloat16(float f) { return f; }
-static inline __nv_bfloat16 __float2bfloat16_rn(float f) { return f; }
-static inline float __low2float(__nv_bfloat162 v) { return v.x; }
-static inline float __high2float(__nv_bfloat162 v) { return v.y; }
-static inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 v) { return v.x; }
-static inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 v) { return v.y; }
-static inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {v.x, v.y}; }
-static inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
-static inline __nv_bfloat162 __float22bfloat162_rn(float2 f) { return {f.x, f.y}; }
-static inline __nv_bfloat162 __float2bfloat162_rn(float f) { return {f, f}; }
-static inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
-static inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 x) { return {x, x}; }
-static inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) { return b.__x; }
-static inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u) { return emu_bits<__nv_bfloat16>(u); }
+inline float __bfloat162float(__nv_bfloat16 b) { return b; }
+inline __nv_bfloat16 __float2bfloat16(float f) { return f; }
+inline __nv_bfloat16 __float2bfloat16_rn(float f) { return f; }
+inline float __low2float(__nv_bfloat162 v) { return v.x; }
+inline float __high2float(__nv_bfloat162 v) { return v.y; }
+inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 v) { return v.x; }
+inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 v) { return v.y; }
+inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {v.x, v.y}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
+inline __nv_bfloat162 __float22bfloat162_rn(float2 f) { return {f.x, f.y}; }
+inline __nv_bfloat162 __float2bfloat162_rn(float f) { return {f, f}; }
+inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
+inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 x) { return {x, x}; }
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) { return b.__x; }
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u) { return emu_bits<__nv_bfloat16>(u); }
 
 // ------------------------------------------------------------------------------ the runtime's API
 
@@ -1073,7 +1086,7 @@ struct cudaDeviceProp {
 };
 #define CUDART_VERSION 12000
 
-static inline const char *cudaGetErrorString(cudaError_t e)
+inline const char *cudaGetErrorString(cudaError_t e)
 {
     switch (e) { // the runtime's own words
     case cudaSuccess: return "no error";
@@ -1087,13 +1100,13 @@ static inline const char *cudaGetErrorString(cudaError_t e)
     }
     return "unrecognized error code";
 }
-static inline cudaError_t emu_return(cudaError_t e) { if (e) emu::m.error = e; return e; }
-static inline cudaError_t cudaPeekAtLastError() { return (cudaError_t)emu::m.error; }
-static inline cudaError_t cudaGetLastError() { cudaError_t e = (cudaError_t)emu::m.error; emu::m.error = 0; return e; }
-static inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-static inline cudaError_t cudaDriverGetVersion(int *v) { *v = (int)emu::setting("EMU_DRIVER", CUDART_VERSION); return cudaSuccess; }
-static inline cudaError_t cudaRuntimeGetVersion(int *v) { *v = CUDART_VERSION; return cudaSuccess; }
-static inline cudaError_t cudaGetDeviceCount(int *n)
+inline cudaError_t emu_return(cudaError_t e) { if (e) emu::m.error = e; return e; }
+inline cudaError_t cudaPeekAtLastError() { return (cudaError_t)emu::m.error; }
+inline cudaError_t cudaGetLastError() { cudaError_t e = (cudaError_t)emu::m.error; emu::m.error = 0; return e; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int *v) { *v = (int)emu::setting("EMU_DRIVER", CUDART_VERSION); return cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int *v) { *v = CUDART_VERSION; return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int *n)
 {
     int driver;
     cudaDriverGetVersion(&driver);
@@ -1102,9 +1115,9 @@ static inline cudaError_t cudaGetDeviceCount(int *n)
     *n = (int)emu::setting("EMU_DEVICES", 1);
     return *n ? cudaSuccess : emu_return(cudaErrorNoDevice);
 }
-static inline cudaError_t cudaSetDevice(int i) { int n; cudaError_t e = cudaGetDeviceCount(&n); return e ? e : i < 0 || i >= n ? emu_return(cudaErrorInvalidDevice) : e; }
-static inline cudaError_t cudaGetDevice(int *i) { *i = 0; return cudaSuccess; }
-static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int i)
+inline cudaError_t cudaSetDevice(int i) { int n; cudaError_t e = cudaGetDeviceCount(&n); return e ? e : i < 0 || i >= n ? emu_return(cudaErrorInvalidDevice) : e; }
+inline cudaError_t cudaGetDevice(int *i) { *i = 0; return cudaSuccess; }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int i)
 {
     cudaError_t e = cudaSetDevice(i);
     if (e) return e;
@@ -1113,7 +1126,7 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int i)
           1024, 2048, 65536, 65536, 1 << 20, 64};
     return cudaSuccess;
 }
-static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int device)
+inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int device)
 {
     cudaDeviceProp p;
     cudaError_t e = cudaGetDeviceProperties(&p, device);
@@ -1128,7 +1141,7 @@ static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what
     }
     return cudaSuccess;
 }
-static inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) { *total = emu::m.limit, *free_bytes = emu::m.limit - emu::m.used; return cudaSuccess; }
+inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) { *total = emu::m.limit, *free_bytes = emu::m.limit - emu::m.used; return cudaSuccess; }
 
 template <class T> cudaError_t cudaMalloc(T **p, size_t size, EMU_HERE)
 {
@@ -1150,7 +1163,7 @@ template <class T> cudaError_t cudaMalloc(T **p, size_t size, EMU_HERE)
     *p = (T *)a.data;
     return cudaSuccess;
 }
-static inline cudaError_t cudaFree(void *p)
+inline cudaError_t cudaFree(void *p)
 {
     using namespace emu;
     if (!p) return cudaSuccess;
@@ -1167,9 +1180,9 @@ template <class T> cudaError_t cudaMallocHost(T **p, size_t size)
     emu::pinned[*p] = size;
     return *p ? cudaSuccess : emu_return(cudaErrorMemoryAllocation);
 }
-static inline cudaError_t cudaFreeHost(void *p) { emu::pinned.erase(p); free(p); return cudaSuccess; }
+inline cudaError_t cudaFreeHost(void *p) { emu::pinned.erase(p); free(p); return cudaSuccess; }
 
-static inline void emu_need_range(const char *what, const void *p, size_t size, bool device)
+inline void emu_need_range(const char *what, const void *p, size_t size, bool device)
 {
     emu::Allocation *a = emu::find(p);
     if (device && !a) emu::fail("%s: %p is not device memory", what, p);
@@ -1177,7 +1190,7 @@ static inline void emu_need_range(const char *what, const void *p, size_t size, 
     if (a && (a->freed || (char *)p < a->data || (char *)p + size > a->data + a->size))
         emu::fail("%s: %zu bytes from byte %td of %s%s", what, size, (char *)p - a->data, a->freed ? "freed " : "", emu::describe(*a));
 }
-static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind kind)
+inline cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind kind)
 {
     if (!size) return cudaSuccess;
     bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
@@ -1189,7 +1202,7 @@ static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cu
     memmove(to, from, size);
     return cudaSuccess;
 }
-static inline cudaError_t cudaMemset(void *p, int value, size_t size)
+inline cudaError_t cudaMemset(void *p, int value, size_t size)
 {
     if (!size) return cudaSuccess;
     emu_need_range("cudaMemset", p, size, true);
@@ -1197,7 +1210,7 @@ static inline cudaError_t cudaMemset(void *p, int value, size_t size)
     memset(p, value, size);
     return cudaSuccess;
 }
-static inline cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+inline cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
                                        size_t height, cudaMemcpyKind kind)
 {
     if (width > to_pitch || width > from_pitch) return emu_return(cudaErrorInvalidValue);
@@ -1206,13 +1219,13 @@ static inline cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *fr
         cudaMemcpy((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width, kind);
     return cudaSuccess;
 }
-static inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
                                             size_t height, cudaMemcpyKind kind, cudaStream_t = nullptr)
 {
     return cudaMemcpy2D(to, to_pitch, from, from_pitch, width, height, kind);
 }
-static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind, cudaStream_t = nullptr) { return cudaMemcpy(to, from, size, kind); }
-static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t size, cudaStream_t = nullptr) { return cudaMemset(p, value, size); }
+inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind, cudaStream_t = nullptr) { return cudaMemcpy(to, from, size, kind); }
+inline cudaError_t cudaMemsetAsync(void *p, int value, size_t size, cudaStream_t = nullptr) { return cudaMemset(p, value, size); }
 template <class F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute what, int value)
 {
     if (value < 0 || (size_t)value > emu::MAX_SHARED) return emu_return(cudaErrorInvalidValue);
@@ -1225,17 +1238,17 @@ template <class F> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int
     *n = by_threads < by_shared ? by_threads : by_shared;
     return cudaSuccess;
 }
-static inline cudaError_t cudaStreamCreate(cudaStream_t *s) { *s = new CUstream_st(); return cudaSuccess; }
-static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { return cudaStreamCreate(s); }
-static inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
-static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
-static inline cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = new CUevent_st(); return cudaSuccess; }
-static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return cudaEventCreate(e); }
-static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
-static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t = nullptr) { clock_gettime(CLOCK_MONOTONIC, &e->time); return cudaSuccess; }
-static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b)
+inline cudaError_t cudaStreamCreate(cudaStream_t *s) { *s = new CUstream_st(); return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { return cudaStreamCreate(s); }
+inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
+inline cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = new CUevent_st(); return cudaSuccess; }
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return cudaEventCreate(e); }
+inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t = nullptr) { clock_gettime(CLOCK_MONOTONIC, &e->time); return cudaSuccess; }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b)
 {
     *ms = (float)((double)(b->time.tv_sec - a->time.tv_sec) * 1e3 + (double)(b->time.tv_nsec - a->time.tv_nsec) * 1e-6);
     return cudaSuccess;
@@ -1253,16 +1266,16 @@ typedef cudaDataType_t cudaDataType;
 struct cublasContext { int unused; };
 typedef cublasContext *cublasHandle_t;
 
-static inline const char *cublasGetStatusString(cublasStatus_t s)
+inline const char *cublasGetStatusString(cublasStatus_t s)
 {
     return s == CUBLAS_STATUS_SUCCESS ? "CUBLAS_STATUS_SUCCESS" : s == CUBLAS_STATUS_INVALID_VALUE ? "CUBLAS_STATUS_INVALID_VALUE"
          : s == CUBLAS_STATUS_NOT_SUPPORTED ? "CUBLAS_STATUS_NOT_SUPPORTED" : "CUBLAS_STATUS_NOT_INITIALIZED";
 }
-static inline cublasStatus_t cublasCreate(cublasHandle_t *h) { *h = new cublasContext(); return CUBLAS_STATUS_SUCCESS; }
-static inline cublasStatus_t cublasDestroy(cublasHandle_t h) { delete h; return CUBLAS_STATUS_SUCCESS; }
-static inline cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }
-static inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
-static inline cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) { return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasCreate(cublasHandle_t *h) { *h = new cublasContext(); return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasDestroy(cublasHandle_t h) { delete h; return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) { return CUBLAS_STATUS_SUCCESS; }
 
 namespace emu {
 inline float load(const void *p, cudaDataType_t type, size_t i)
@@ -1299,7 +1312,7 @@ inline void gemm(bool ta, bool tb, size_t m, size_t n, size_t k, float alpha, co
 }
 } // namespace emu
 
-static inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m,
+inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m,
     int n, int k, const void *alpha, const void *A, cudaDataType_t a_type, int lda, long long a_stride, const void *B,
     cudaDataType_t b_type, int ldb, long long b_stride, const void *beta, void *C, cudaDataType_t c_type, int ldc,
     long long c_stride, int batch, cublasComputeType_t compute, cublasGemmAlgo_t)
@@ -1322,7 +1335,7 @@ static inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublas
                   (char *)C + i * c_stride * (c_type == CUDA_R_32F ? 4 : 2), c_type, (size_t)ldc);
     return CUBLAS_STATUS_SUCCESS;
 }
-static inline cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
+inline cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
     const void *alpha, const void *A, cudaDataType_t a_type, int lda, const void *B, cudaDataType_t b_type, int ldb,
     const void *beta, void *C, cudaDataType_t c_type, int ldc, cublasComputeType_t compute, cublasGemmAlgo_t algo)
 {
