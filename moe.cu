@@ -825,8 +825,8 @@ __global__ void rope_kernel(real *out, const real *x, const int *pos, const accu
 static void rope_turn(real *out, const real *x, const int *pos, const accum *table, accum sign,
                       size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
 {
-    RUN_KERNEL(rope_kernel, grid_of(N * heads * (Dr / 2), BLOCK), BLOCK, 0, out, x, pos, table, sign, N,
-           heads, Dr, ld_out, ld_x, head);
+    RUN_KERNEL(rope_kernel, grid_of(N * heads * (Dr / 2), BLOCK), BLOCK, 0, out, x, pos, table,
+               sign, N, heads, Dr, ld_out, ld_x, head);
 }
 
 // Rotary position embedding: out = R(p) x.
@@ -849,10 +849,10 @@ static void rope_backward(real *dx, const real *dout, const int *pos, const accu
 // Causal attention. Per head, with k_t = [k_nope_t; k_pe_t] and k_pe shared by all heads:
 //     out_t = sum_{u <= t} p_tu v_u,   p_tu = exp(scale q_t . k_u - lse_t).
 // A block has a few queries of one head and goes through the keys they see, tile by tile
-// (FlashAttention): it keeps for each query the largest score so far and, relative to that, the sums
-// of exp and of exp v. Backward, a block goes through the keys for the sake of dq; or it has a few
-// keys and goes through the queries that see them, for dk and dv. The scores are computed twice so,
-// but nothing needs to be added up by several blocks.
+// (FlashAttention): it keeps for each query the largest score so far and, relative to that, the
+// sums of exp and of exp v. Backward, a block goes through the keys for the sake of dq; or it has a
+// few keys and goes through the queries that see them, for dk and dv. The scores are computed twice
+// so, but nothing needs to be added up by several blocks.
 
 // Where a head's rows stand: queries q[T, Dq] with dout or out [T, Dv], keys [T, Dn] and [T, Dr]
 // with values [T, Dv], all `..._ld` apart.
@@ -915,25 +915,30 @@ __device__ static float dot(const float *x, const float *y, int n)
     return sum;
 }
 
-// to[j] += sum_lane weight x[lane, j], lane l for each j with j % 32 == l.
-__device__ static void add_weighted(float *to, float weight, const float *x, int ld, int n)
+// to[j] += sum_lane weight x[lane, j], lane l for each j with j % 32 == l. weights [LANES] is this
+// warp's place for what the lanes have.
+__device__ static void add_weighted(float *to, float *weights, float weight, const float *x, int ld,
+                                    int n)
 {
     int lane = (int)threadIdx.x % WARP;
-    for (int j0 = 0; j0 < n; j0 += WARP) {
-        int j = j0 + lane < n ? j0 + lane : n - 1;
+    __syncwarp(); // the weights before have been used
+    weights[lane] = weight;
+    __syncwarp();
+    for (int j = lane; j < n; j += WARP) {
         float sum = 0;
-        for (int u = 0; u < LANES; u++) sum += __shfl_sync(~0u, weight, u) * x[u * ld + j];
-        if (j0 + lane < n) to[j] += sum;
+        for (int u = 0; u < LANES; u++) sum += weights[u] * x[u * ld + j];
+        to[j] += sum;
     }
 }
 
-// Blocks [B NH, tiles of ROWS queries]. Reads the keys and values of T / 2 tokens a block on average,
-// from L2; T (Dq + Dv) FLOPs a query, causal.
+// Blocks [B NH, tiles of ROWS queries]. T (Dq + Dv) FLOPs a query and head; reads the keys and
+// values of T / 2 tokens a block, on average, from L2.
 __global__ void __launch_bounds__(ATTENTION_THREADS)
 attention_forward_kernel(real *out, accum *lse, const real *q, const real *kv, const real *k_pe,
                          AttentionSizes s)
 {
     DYNAMIC_SHARED(float, shared);
+    SHARED(float, weights, [ATTENTION_THREADS / WARP][LANES]);
     Head a = head_of(q, NULL, kv, k_pe, s);
     int Dq = s.Dn + s.Dr, Dv = s.Dv, ld_k = Dq + 1, ld_v = Dv + 1;
     float *qs = shared, *os = qs + ROWS * Dq, *ks = os + ROWS * Dv, *vs = ks + LANES * ld_k;
@@ -956,7 +961,7 @@ attention_forward_kernel(real *out, accum *lse, const real *q, const real *kv, c
             sum[i] = sum[i] * shrink + warp_sum(p);
             max[i] = most;
             for (int j = lane; j < Dv; j += WARP) os[row * Dv + j] *= shrink;
-            add_weighted(os + row * Dv, p, vs, ld_v, Dv);
+            add_weighted(os + row * Dv, weights[warp], p, vs, ld_v, Dv);
         }
     }
     real *to = out + (a.v - kv - s.Dn) / (s.Dn + Dv) * Dv;
@@ -986,8 +991,9 @@ __global__ void attention_delta_kernel(accum *delta, const real *dout, const rea
 // out_t = sum_u p_tu v_u, p = softmax(scale q k^T), so with dp_tu = dout_t . v_u
 //     dv_u += sum_t p_tu dout_t,     ds_tu = scale p_tu (dp_tu - dout_t . out_t),
 //     dq_t  = sum_u ds_tu k_u,       dk_u += sum_t ds_tu q_t.
-// Blocks [B NH, tiles of ROWS keys or queries]: x, y are its keys and values, and those that pass by
-// queries and dout; or the other way round. Either computes ds^T or ds from the same numbers.
+// Blocks [B NH, tiles of ROWS keys or queries]: x, y are its keys and values, and queries and dout
+// pass by as xs, ys; or the other way round. T (2 Dq + 2 Dv) FLOPs a key and head, T (2 Dq + Dv) a
+// query and head.
 template <bool KEYS>
 __global__ void __launch_bounds__(ATTENTION_THREADS)
 attention_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *dout,
@@ -995,6 +1001,7 @@ attention_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *do
                           const real *k_pe, AttentionSizes s)
 {
     DYNAMIC_SHARED(float, shared);
+    SHARED(float, weights, [ATTENTION_THREADS / WARP][LANES]);
     Head a = head_of(q, dout, kv, k_pe, s);
     int Dq = s.Dn + s.Dr, Dv = s.Dv, ld_x = Dq + 1, ld_y = Dv + 1;
     float *x = shared, *y = x + ROWS * Dq, *dx = y + ROWS * Dv, *dy = dx + ROWS * Dq;
@@ -1016,8 +1023,8 @@ attention_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *do
                 p = expf(s.scale * dot(x + row * Dq, xs + lane * ld_x, Dq) - lse[t]);
                 ds = s.scale * p * (dot(y + row * Dv, ys + lane * ld_y, Dv) - delta[t]);
             }
-            add_weighted(dx + row * Dq, ds, xs, ld_x, Dq);
-            if (KEYS) add_weighted(dy + row * Dv, p, ys, ld_y, Dv);
+            add_weighted(dx + row * Dq, weights[warp], ds, xs, ld_x, Dq);
+            if (KEYS) add_weighted(dy + row * Dv, weights[warp], p, ys, ld_y, Dv);
         }
     }
     for (int i = 0; i < ROWS / 4; i++) {
@@ -1044,7 +1051,7 @@ __global__ void sum_heads_kernel(real *dk_pe, const real *dk_pe_heads, size_t n,
 }
 
 #ifdef MOE_BF16 // the same by tensor cores, for head sizes up to DQ and DV
-enum { FLASH_THREADS = 128, FLASH = 64, PASSING = 32 }; // rows of a block, 16 a warp; rows passing by
+enum { FLASH_THREADS = 128, FLASH = 64, PASSING = 32 }; // rows of a block, 16 a warp; passing by
 
 // Rows of keys and values, or of queries and dout (out), to shared memory, as copy_tile does.
 template <int DQ, int DV>
@@ -1100,7 +1107,7 @@ __device__ static void store_rows(real *to, size_t ld_to, const real *x, int ld,
     }
 }
 
-// Blocks [B NH, tiles of queries], the longest first. While a tile of keys is used the next arrives.
+// Blocks [B NH, tiles of queries], the longest first. While keys are used the next arrive.
 template <int DQ, int DV>
 __global__ void __launch_bounds__(FLASH_THREADS, 2)
 flash_forward_kernel(real *out, accum *lse, const real *q, const real *kv, const real *k_pe,
@@ -1348,8 +1355,8 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
     AttentionSizes s = {(int)T, (int)NH, (int)Dn, (int)Dr, (int)Dv, (float)scale,
                         (Dn | Dr | Dv) % WIDE == 0};
     int done = 0;
-    RUN_KERNEL(attention_delta_kernel, grid_of(rows, BLOCK / WARP), BLOCK, 0, delta, dout, out, rows,
-               (int)T, (int)NH, (int)Dv);
+    RUN_KERNEL(attention_delta_kernel, grid_of(rows, BLOCK / WARP), BLOCK, 0, delta, dout, out,
+               rows, (int)T, (int)NH, (int)Dv);
 #define GRADIENTS dq, dkv, dk_pe_heads, dout, delta, lse, q, kv, k_pe, s
 #ifdef MOE_BF16
     dim3 grid((unsigned)(B * NH), grid_of(T, FLASH));
@@ -1401,8 +1408,8 @@ __device__ static void top_k(int *index, unsigned char *taken, const float *valu
 // group of experts scores the sum of its two best, KG groups stay, the K best in them are taken.
 // Their weights come from s alone: g_k = s_k / (sum of the selected + 1e-20), if norm, times scale.
 // A warp a token, alone in its block; s holds x W^T at first. Reads and writes 4 E bytes.
-__global__ void router_forward_kernel(accum *s, int *topk, accum *g, const accum *bias, int E, int K,
-                                      int G, int KG, int norm, float scale, int hold)
+__global__ void router_forward_kernel(accum *s, int *topk, accum *g, const accum *bias, int E,
+                                      int K, int G, int KG, int norm, float scale, int hold)
 {
     DYNAMIC_SHARED(float, choice); // [E]
     float *group_score = choice + E; // [G]
@@ -1699,8 +1706,8 @@ static void combine_forward(real *y,         // [N, C], added to
                             const int *row,  // [N, K]
                             size_t N, size_t K, size_t C)
 {
-    RUN_WIDE(C, AT(y) | AT(out), combine_forward_kernel, grid_of(N, 1), row_threads(C), 0, y, out, g,
-             row, K, C);
+    RUN_WIDE(C, AT(y) | AT(out), combine_forward_kernel, grid_of(N, 1), row_threads(C), 0, y, out,
+             g, row, K, C);
 }
 
 // y[n] += sum_k g[n,k] out[row[n,k]]:
@@ -1794,9 +1801,9 @@ static void cross_entropy_backward(real *dlogits, double dloss, const accum *lse
 //     q_nope . (W_uk c) = (W_uk^T q_nope) . c,   sum_u p_u W_uv c_u = W_uv (sum_u p_u c_u).
 // Row n belongs to sequence slot[n]; the entry of position u stands at u mod capacity, and the
 // last `window` positions are seen.
-// A block a row and head: each warp takes every eighth position and keeps the largest score, the sum
-// of exp and that of exp c; at the end the eight are merged. Reads Rkv + Dr a position, the heads of
-// a row from L2.
+// A block a row and head: each warp takes every eighth position and keeps the largest score, the
+// sum of exp and that of exp c; at the end the eight are merged. Reads Rkv + Dr a position, all
+// heads but the first from L2.
 __global__ void latent_attention_kernel(real *latent, const real *q, const real *c_kv,
                                         const real *k_pe, const int *slot, const int *pos, int n,
                                         int NH, int Dn, int Dr, int Rkv, size_t capacity,
@@ -1901,7 +1908,7 @@ __global__ void sum_squares_kernel(double *part, const accum *x, size_t n)
 
 static double sum_squares(const accum *x, size_t n)
 {
-    size_t blocks = min_size(ceil_div(n, BLOCK), 1024);
+    size_t blocks = min_size(ceil_div(n, 16 * BLOCK), 1024);
     double *part = (double *)scratch(blocks * sizeof(double)), host[1024], sum = 0;
     RUN_KERNEL(sum_squares_kernel, grid_of(blocks, 1), BLOCK, 0, part, x, n);
     to_host(host, part, blocks * sizeof(double));
@@ -1913,8 +1920,8 @@ static double sum_squares(const accum *x, size_t n)
 // g_scale.
 //     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
 //     w -= lr (decay w + m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)).
-// master is what is trained, weights its copy for operations. A block a piece, 4 numbers a thread at
-// once; reads 16 bytes a weight, writes 12 and, rounded, 2.
+// master is what is trained, weights its copy for operations. A block a piece, 4 numbers a thread
+// at once; reads 16 bytes a weight, writes 12 and, rounded, 2.
 typedef struct {
     float b1, b2, rate, correct2, keep, eps, scale; // keep: 1 - lr decay
 } AdamW;
@@ -1933,11 +1940,12 @@ __global__ void adamw_kernel(real *weights, accum *master, accum *m, accum *v, c
     size_t begin = (blockIdx.x - s.first) * SPAN_PIECE, end = begin + SPAN_PIECE;
     if (end > s.size) end = s.size;
     for (size_t i = begin + threadIdx.x * 4; i < end; i += BLOCK * 4) {
-        size_t at = s.offset + i; // tensors are padded: what lies past the end stays 0
+        size_t at = s.offset + i; // tensors are padded to 16 numbers, of zeros
         Pack<float, 4> g4 = load<4>(grads + at), m4 = load<4>(m + at), v4 = load<4>(v + at);
         Pack<float, 4> w4 = load<4>(master + at);
         Pack<real, 4> rounded;
         for (int j = 0; j < 4; j++) {
+            if (i + j >= end) g4.x[j] = m4.x[j] = v4.x[j] = w4.x[j] = 0;
             float g = g4.x[j] * a.scale;
             m4.x[j] = a.b1 * m4.x[j] + (1 - a.b1) * g;
             v4.x[j] = a.b2 * v4.x[j] + (1 - a.b2) * g * g;
