@@ -39,9 +39,11 @@ static void cuda_check(cudaError_t status, const char *call)
     if (status == cudaErrorInsufficientDriver) {
         cudaDriverGetVersion(&driver);
         cudaRuntimeGetVersion(&toolkit);
-        die(FAILED, "no NVIDIA driver for CUDA %d.%d is here (there is one for %d.%d); install a "
-            "newer driver or build with an older toolkit", toolkit / 1000, toolkit % 1000 / 10,
-            driver / 1000, driver % 1000 / 10);
+        if (driver == 0)
+            die(FAILED, "there is no NVIDIA driver here; `make` builds moe, which needs none");
+        die(FAILED, "the driver is for CUDA %d.%d, older than %d.%d, the toolkit of this program; "
+            "update it or build with its toolkit", driver / 1000, driver % 1000 / 10,
+            toolkit / 1000, toolkit % 1000 / 10);
     }
     if (status == cudaErrorNoKernelImageForDevice)
         die(FAILED, "this program was built for another kind of GPU; `make gpu` on this machine, "
@@ -63,7 +65,7 @@ static void cublas_check(cublasStatus_t status, const char *call)
 // Under g++ the header has these, and the tensor cores' instructions that follow.
 #ifdef __CUDACC__
 #define LAUNCH(kernel, grid, block, bytes, ...) kernel<<<grid, block, bytes>>>(__VA_ARGS__)
-#define SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+#define SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 #define DYNAMIC_SHARED(type, name) \
     extern __shared__ __align__(16) unsigned char shared_bytes[]; \
     type *name = (type *)shared_bytes
@@ -152,7 +154,10 @@ static void *device_alloc(size_t bytes)
     return p;
 }
 
-static void device_free(void *p) { CUDA(cudaFree(p)); }
+static void device_free(void *p)
+{
+    if (p) CUDA(cudaFree(p));
+}
 static void device_zero(void *p, size_t bytes) { CUDA(cudaMemsetAsync(p, 0, bytes)); }
 static void device_copy(void *to, const void *from, size_t bytes)
 {
@@ -198,7 +203,7 @@ static void *scratch(size_t bytes)
     static void *memory;
     static size_t size;
     if (bytes > size) {
-        if (memory) device_free(memory);
+        device_free(memory);
         memory = device_alloc(bytes);
         size = bytes;
     }
@@ -308,9 +313,9 @@ static void gemm(Out *c, size_t ldc, const real *a, int a_t, size_t lda, const r
 // 2 m n k FLOPs; each tile of c reads 2 TILE k numbers, mostly from L2.
 #ifdef MOE_BF16
 
-// By tensor cores: 8 warps, 2 x 4, of 64 x 32 numbers each. Strips of TILE_K along k arrive in
-// shared memory while those before are multiplied.
-enum { TILE = 128, TILE_K = 32, STAGES = 4, WARP_M = 64, WARP_N = 32 };
+// By tensor cores: 4 warps, 2 x 2, of 64 x 64 numbers each, so that a number from shared memory is
+// multiplied 64 times. Strips of TILE_K along k arrive there while those before are multiplied.
+enum { TILE_THREADS = 128, TILE = 128, TILE_K = 32, STAGES = 4, WARP_TILE = 64 };
 
 // Fragments for mma_16x8x16 of 16 x 16 numbers in shared memory, whose rows stand ld apart: of a
 // stored [m,k] or, _t, [k,m]; two of b, of 8 columns each, stored [n,k] or, _t, [k,n].
@@ -388,10 +393,10 @@ __device__ static void gemm_tile(Out *c, size_t ldc, const real *a, size_t lda, 
     constexpr int a_size = operand_size<A_T>, stage = a_size + operand_size<!B_T>;
     constexpr int ld_a = operand_ld<A_T>, ld_b = operand_ld<!B_T>;
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    int row = warp / 4 * WARP_M, col = warp % 4 * WARP_N, steps = (k + TILE_K - 1) / TILE_K;
-    float acc[WARP_M / 16][WARP_N / 8][4];
-    for (int i = 0; i < WARP_M / 16; i++)
-        for (int j = 0; j < WARP_N / 8; j++)
+    int row = warp / 2 * WARP_TILE, col = warp % 2 * WARP_TILE, steps = (k + TILE_K - 1) / TILE_K;
+    float acc[WARP_TILE / 16][WARP_TILE / 8][4];
+    for (int i = 0; i < WARP_TILE / 16; i++)
+        for (int j = 0; j < WARP_TILE / 8; j++)
             for (int e = 0; e < 4; e++) acc[i][j][e] = 0;
 
     auto fetch = [&](int step) {
@@ -411,27 +416,27 @@ __device__ static void gemm_tile(Out *c, size_t ldc, const real *a, size_t lda, 
         const real *as = shared + step % STAGES * stage, *bs = as + a_size;
 #pragma unroll
         for (int p = 0; p < TILE_K; p += 16) {
-            uint32_t af[WARP_M / 16][4], bf[WARP_N / 16][4];
+            uint32_t af[WARP_TILE / 16][4], bf[WARP_TILE / 16][4];
 #pragma unroll
-            for (int i = 0; i < WARP_M / 16; i++)
+            for (int i = 0; i < WARP_TILE / 16; i++)
                 if (A_T) fragment_a_t(af[i], as + p * ld_a + row + 16 * i, ld_a);
                 else fragment_a(af[i], as + (row + 16 * i) * ld_a + p, ld_a);
 #pragma unroll
-            for (int j = 0; j < WARP_N / 16; j++)
+            for (int j = 0; j < WARP_TILE / 16; j++)
                 if (B_T) fragment_b(bf[j], bs + (col + 16 * j) * ld_b + p, ld_b);
                 else fragment_b_t(bf[j], bs + p * ld_b + col + 16 * j, ld_b);
 #pragma unroll
-            for (int i = 0; i < WARP_M / 16; i++)
+            for (int i = 0; i < WARP_TILE / 16; i++)
 #pragma unroll
-                for (int j = 0; j < WARP_N / 8; j++)
+                for (int j = 0; j < WARP_TILE / 8; j++)
                     mma_16x8x16(acc[i][j], af[i], bf[j / 2] + j % 2 * 2);
         }
     }
     cp_async_wait<0>();
 #pragma unroll
-    for (int i = 0; i < WARP_M / 16; i++)
+    for (int i = 0; i < WARP_TILE / 16; i++)
 #pragma unroll
-        for (int j = 0; j < WARP_N / 8; j++)
+        for (int j = 0; j < WARP_TILE / 8; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int r = row + 16 * i + lane / 4 + e / 2 * 8, s = col + 8 * j + lane % 4 * 2 + e % 2;
@@ -448,7 +453,7 @@ template <bool A_T, bool B_T> static size_t tile_bytes(void)
 
 #else // float: the same by multiply-adds, 4 x 4 numbers a thread
 
-enum { TILE = 64, TILE_K = 16 };
+enum { TILE_THREADS = 256, TILE = 64, TILE_K = 16 };
 
 template <bool A_T, bool B_T, typename Out>
 __device__ static void gemm_tile(Out *c, size_t ldc, const real *a, size_t lda, const real *b,
@@ -460,7 +465,7 @@ __device__ static void gemm_tile(Out *c, size_t ldc, const real *a, size_t lda, 
     float acc[4][4] = {};
     for (int k0 = 0; k0 < k; k0 += TILE_K) {
         __syncthreads(); // the strip before has been used
-        for (int i = (int)threadIdx.x; i < TILE * TILE_K; i += BLOCK) {
+        for (int i = (int)threadIdx.x; i < TILE * TILE_K; i += TILE_THREADS) {
             int am = A_T ? i % TILE : i / TILE_K, ak = A_T ? i / TILE : i % TILE_K;
             int bn = B_T ? i / TILE_K : i % TILE, bk = B_T ? i % TILE_K : i / TILE;
             size_t a_at = A_T ? (size_t)(k0 + ak) * lda + am : (size_t)am * lda + k0 + ak;
@@ -486,7 +491,7 @@ template <bool A_T, bool B_T> static size_t tile_bytes(void) { return 0; }
 
 // Blocks [tiles of rows, of all groups together at most; tiles of n].
 template <bool B_T>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(TILE_THREADS, 2)
 grouped_rows_kernel(real *c, const real *a, const real *w, const int *offsets, int groups, int n,
                     int k, int add, int wide)
 {
@@ -521,7 +526,7 @@ grouped_rows_kernel(real *c, const real *a, const real *w, const int *offsets, i
 }
 
 // Blocks [tiles of I, tiles of O, groups].
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(TILE_THREADS, 2)
 grouped_weights_kernel(accum *dw, const real *dout, const real *x, const int *offsets, int O, int I,
                        int wide)
 {
@@ -549,9 +554,9 @@ static void matmul_forward(real *out,     // [rows, O], set or added to
         gemm(out, O, x, 0, I, w, 1, I, r.rows, O, I, mode == ADD ? 1.0f : 0.0f);
         return;
     }
-    RUN_KERNEL(grouped_rows_kernel<true>, dim3(grid_of(O, TILE), most_tiles(r)), BLOCK,
-           (tile_bytes<false, true>()), out, x, w, r.offsets, (int)r.groups, (int)O, (int)I,
-           mode == ADD, I % WIDE == 0);
+    RUN_KERNEL(grouped_rows_kernel<true>, dim3(grid_of(O, TILE), most_tiles(r)), TILE_THREADS,
+               (tile_bytes<false, true>()), out, x, w, r.offsets, (int)r.groups, (int)O, (int)I,
+               mode == ADD, I % WIDE == 0);
 }
 
 // out = x W^T: dx[n,i] = sum_o dout[n,o] W_e[o,i].
@@ -562,9 +567,9 @@ static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r,
         gemm(dx, I, dout, 0, O, w, 0, I, r.rows, I, O, mode == ADD ? 1.0f : 0.0f);
         return;
     }
-    RUN_KERNEL(grouped_rows_kernel<false>, dim3(grid_of(I, TILE), most_tiles(r)), BLOCK,
-           (tile_bytes<false, false>()), dx, dout, w, r.offsets, (int)r.groups, (int)I, (int)O,
-           mode == ADD, (O | I) % WIDE == 0);
+    RUN_KERNEL(grouped_rows_kernel<false>, dim3(grid_of(I, TILE), most_tiles(r)), TILE_THREADS,
+               (tile_bytes<false, false>()), dx, dout, w, r.offsets, (int)r.groups, (int)I, (int)O,
+               mode == ADD, (O | I) % WIDE == 0);
 }
 
 // out = x W^T: dW_e[o,i] += sum_n dout[n,o] x[n,i].
@@ -575,9 +580,10 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
         gemm(dw, I, dout, 1, O, x, 0, I, O, I, r.rows, 1);
         return;
     }
-    RUN_KERNEL(grouped_weights_kernel, dim3(grid_of(I, TILE), grid_of(O, TILE), (unsigned)r.groups),
-           BLOCK, (tile_bytes<true, false>()), dw, dout, x, r.offsets, (int)O, (int)I,
-           (O | I) % WIDE == 0);
+    RUN_KERNEL(grouped_weights_kernel,
+               dim3(grid_of(I, TILE), grid_of(O, TILE), (unsigned)r.groups), TILE_THREADS,
+               (tile_bytes<true, false>()), dw, dout, x, r.offsets, (int)O, (int)I,
+               (O | I) % WIDE == 0);
 }
 
 // out = x / rms(x) * w over rows of C numbers that stand ld_out and ld_x apart. A block a row;
@@ -609,7 +615,7 @@ static void rmsnorm_forward(real *out,     // [N, C]
                             size_t N, size_t C, size_t ld_out, size_t ld_x, double eps)
 {
     RUN_WIDE(C | ld_out | ld_x, AT(out) | AT(x) | AT(w), rmsnorm_forward_kernel, grid_of(N, 1),
-                row_threads(C), 0, out, rstd, x, w, C, ld_out, ld_x, (float)eps);
+             row_threads(C), 0, out, rstd, x, w, C, ld_out, ld_x, (float)eps);
 }
 
 // out_i = x_i r w_i with r = (mean_j x_j^2 + eps)^(-1/2):
@@ -661,11 +667,11 @@ static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *
                              const accum *rstd, size_t N, size_t C, size_t ld_dout, size_t ld_x,
                              enum Mode mode)
 {
-    size_t parts = min_size(N, 264); // two blocks for each multiprocessor of an H100
+    size_t parts = min_size(N, 528); // four blocks for each multiprocessor of an H100
     float *part = (float *)scratch(parts * C * sizeof(float));
     RUN_WIDE(C | ld_dout | ld_x, AT(dx) | AT(dout) | AT(x) | AT(w), rmsnorm_backward_kernel,
-                grid_of(parts, 1), row_threads(C), 0, dx, part, dout, x, w, rstd, N, C, ld_dout,
-                ld_x, mode == ADD);
+             grid_of(parts, 1), row_threads(C), 0, dx, part, dout, x, w, rstd, N, C, ld_dout,
+             ld_x, mode == ADD);
     RUN_KERNEL(add_parts_kernel, grid_of(C, BLOCK), BLOCK, 0, dw, part, parts, C);
 }
 
@@ -689,7 +695,7 @@ static void swiglu_forward(real *act,        // [n]
                            size_t n)
 {
     RUN_WIDE(n, AT(act) | AT(gate) | AT(up), swiglu_forward_kernel, grid_of(n, BLOCK * WIDE),
-                BLOCK, 0, act, gate, up, n);
+             BLOCK, 0, act, gate, up, n);
 }
 
 // act = silu(gate) up; silu'(z) = s + z s (1 - s) with s = sigmoid(z). Reads 3, writes 2.
@@ -713,7 +719,7 @@ static void swiglu_backward(real *dgate, real *dup, const real *dact, const real
                             const real *up, size_t n)
 {
     RUN_WIDE(n, AT(dgate) | AT(dup) | AT(dact) | AT(gate) | AT(up), swiglu_backward_kernel,
-                grid_of(n, BLOCK * WIDE), BLOCK, 0, dgate, dup, dact, gate, up, n);
+             grid_of(n, BLOCK * WIDE), BLOCK, 0, dgate, dup, dact, gate, up, n);
 }
 
 // out[n] = w[token[n]]. Reads and writes C a row.
@@ -731,7 +737,7 @@ static void embedding_forward(real *out,        // [N, C]
                               size_t N, size_t C)
 {
     RUN_WIDE(C, AT(out) | AT(w), embedding_forward_kernel, grid_of(N, 1), row_threads(C), 0,
-                out, token, w, C);
+             out, token, w, C);
 }
 
 // first[n]: whether no token before n is the same. A warp a token.
@@ -783,8 +789,8 @@ static void embedding_backward(accum *dw, const real *dout, const int *token, si
     int *first = (int *)scratch(N * sizeof(int));
     RUN_KERNEL(embedding_first_kernel, grid_of(N, BLOCK / WARP), BLOCK, 0, first, token, N);
     RUN_WIDE(C, AT(dout), embedding_backward_kernel,
-                dim3((unsigned)N, grid_of(C, WARP * (C % WIDE || AT(dout) % 16 ? 1 : WIDE))), BLOCK,
-                0, dw, dout, token, first, N, C);
+             dim3((unsigned)N, grid_of(C, WARP * (C % WIDE || AT(dout) % 16 ? 1 : WIDE))), BLOCK,
+             0, dw, dout, token, first, N, C);
 }
 
 // Rows of a longer sequence that a shorter one keeps: out[b,t] = in[b,t] for t < T.
@@ -1115,8 +1121,8 @@ flash_forward_kernel(real *out, accum *lse, const real *q, const real *kv, const
 {
     constexpr int LQ = DQ + 8, LV = DV + 8;
     static_assert(DV <= DQ, "out goes where the queries stood");
-    DYNAMIC_SHARED(real, shared);
-    real *qs = shared, *ks = qs + FLASH * LQ, *vs = ks + 2 * FLASH * LQ;
+    DYNAMIC_SHARED(real, ks); // two tiles; in the place of the second at first queries, last out
+    real *qs = ks + FLASH * LQ, *vs = ks + 2 * FLASH * LQ;
     Head a = head_of(q, NULL, kv, k_pe, s);
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, row = 16 * warp;
     int first = (int)(gridDim.y - 1 - blockIdx.y) * FLASH, tiles = first / FLASH + 1;
@@ -1131,13 +1137,15 @@ flash_forward_kernel(real *out, accum *lse, const real *q, const real *kv, const
         int next = (tile + 1) % 2;
         cp_async_wait<0>();
         __syncthreads(); // this tile has come, and the one before it has been used
+        if (tile == 0) {
+#pragma unroll
+            for (int p = 0; p < DQ / 16; p++) fragment_a(qf[p], qs + row * LQ + 16 * p, LQ);
+            __syncthreads(); // the queries are in registers
+        }
         if (tile + 1 < tiles)
             copy_heads<DQ, DV>(ks + next * FLASH * LQ, vs + next * FLASH * LV, a,
                                (tile + 1) * FLASH, FLASH, 1, s);
         cp_async_commit();
-        if (tile == 0)
-#pragma unroll
-            for (int p = 0; p < DQ / 16; p++) fragment_a(qf[p], qs + row * LQ + 16 * p, LQ);
         // scores: 16 queries x 64 keys a warp
         float sc[FLASH / 8][4] = {};
 #pragma unroll
@@ -1192,6 +1200,7 @@ flash_forward_kernel(real *out, accum *lse, const real *q, const real *kv, const
         }
     }
     cp_async_wait<0>();
+    __syncthreads(); // the last tile has been used
     for (int half = 0; half < 2; half++) {
         sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
         sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
@@ -1312,7 +1321,7 @@ flash_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *dout, 
 
 #define RUN_FLASH_FORWARD(DQ, DV, ...) \
     RUN_KERNEL((flash_forward_kernel<DQ, DV>), grid, FLASH_THREADS, \
-               FLASH * (3 * (DQ + 8) + 2 * (DV + 8)) * sizeof(real), __VA_ARGS__)
+               2 * FLASH * (DQ + DV + 16) * sizeof(real), __VA_ARGS__)
 #define RUN_FLASH_BACKWARD(DQ, DV, KEYS, ...) \
     RUN_KERNEL((flash_backward_kernel<DQ, DV, KEYS>), grid, FLASH_THREADS, \
                (FLASH + 2 * PASSING) * (DQ + DV + 16) * sizeof(real), __VA_ARGS__)
@@ -1510,12 +1519,13 @@ __global__ void balance_tokens_kernel(accum *sums, unsigned char *best, int *ind
     if (!hold) top_k(index + (size_t)blockIdx.x * K, best + (size_t)blockIdx.x * E, sn, E, K);
 }
 
-// Then a block a sequence: a lane an expert, a warp every eighth token. Reads 5 E bytes a token.
+// Then a block of 32 warps a sequence: a lane an expert, a warp every 32nd token. Reads 5 E bytes a
+// token.
 __global__ void balance_forward_kernel(accum *loss, accum *f, const accum *sums,
                                        const unsigned char *best, const accum *s, int T, int E,
                                        int K, int hold)
 {
-    enum { WARPS = BLOCK / WARP };
+    enum { WARPS = 32 };
     SHARED(float, share, [WARPS][WARP]);
     SHARED(int, count, [WARPS][WARP]);
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
@@ -1552,7 +1562,7 @@ static void balance_forward(accum *loss,    // [B]
     unsigned char *best = (unsigned char *)(index + N * K);                    // [N, E]
     RUN_KERNEL(balance_tokens_kernel, grid_of(N, 1), WARP, 0, sums, best, index, s, (int)E, (int)K,
                hold_routing);
-    RUN_KERNEL(balance_forward_kernel, grid_of(B, 1), BLOCK, 0, loss, f, sums, best, s, (int)T,
+    RUN_KERNEL(balance_forward_kernel, grid_of(B, 1), 32 * WARP, 0, loss, f, sums, best, s, (int)T,
                (int)E, (int)K, hold_routing);
 }
 
@@ -1581,7 +1591,7 @@ static void balance_backward(accum *ds, double dloss, const accum *f, const accu
 // there: xs[row[n,k]] = x[n]. Expert e then owns rows offsets[e] .. offsets[e+1].
 // A counting sort: a block counts the experts of its SORT choices; the counts are added up over
 // blocks and experts; each choice then finds its place.
-enum { SORT = BLOCK };
+enum { SORT = 1024 };
 
 __global__ void sort_count_kernel(int *count, const int *topk, size_t n, int E)
 {

@@ -25,7 +25,7 @@ Inputs are multiples of 1/128 below 1 in size, which bfloat16 holds exactly.
 extern "C" {
 #endif
 typedef struct {
-    char name[100]; // operation, then array
+    char name[200]; // operation, then array
     size_t n;
     float *data;    // host memory
 } Result;
@@ -150,7 +150,7 @@ static int *random_choices(size_t N, size_t K, size_t E)
 
 static void keep_array(const char *name, enum Type type, const void *data, size_t n)
 {
-    char full[100];
+    char full[200];
     snprintf(full, sizeof full, "%s: %s", case_name, name);
     Result *r = keep_result(full, n);
     int *whole = (int *)host_alloc(n, sizeof(int));
@@ -503,7 +503,7 @@ static const struct {
 
 static void keep_number(const char *name, double x)
 {
-    char full[100];
+    char full[200];
     snprintf(full, sizeof full, "%s: %s", case_name, name);
     keep_result(full, 1)->data[0] = (float)x;
 }
@@ -512,7 +512,7 @@ static void keep_number(const char *name, double x)
 // compared. So bfloat16 is given the choices that float made.
 static void take_routing(const char *name, void *data, enum Type type, size_t n)
 {
-    char full[100];
+    char full[200];
     snprintf(full, sizeof full, "%s: %s", case_name, name);
     for (size_t i = 0; known && i < known->n; i++) {
         const Result *r = &known->result[i];
@@ -634,7 +634,7 @@ typedef struct {
     char name[60];
     size_t arrays;
     double worst, bound, cosine; // cosine: of gradients, the smallest
-    char where[100];
+    char where[200];
 } Line;
 
 // What the error of an array may be. Sums in another order differ by rounding: in float by 1e-5 for
