@@ -1,0 +1,128 @@
+/*
+cuda_race.h: finds races in the kernels that cuda_on_cpu.h runs, whether or not they show.
+
+    g++ -x c++ -std=c++17 -g -O1 -fsanitize=thread -Wno-unknown-pragmas -I.ci -c moe.cu -o race.o
+    g++ race.o -o moe_race                                   (without -fsanitize: link no runtime)
+
+-fsanitize=thread makes the compiler call a function before each access to memory. Those functions are
+ours, not the library's. They remember, for each two bytes of device and shared memory, who wrote them
+last and who read them since. Two accesses to the same bytes of which one writes are a race unless
+  - they are one thread's, or from different launches,
+  - __syncthreads stood between them (one block) or __syncwarp (one warp; shuffles order no memory),
+  - or both are atomic.
+A missing atomic, which no order of running threads brings to light, shows here. One run is enough,
+as the order does not matter. It is slower by a factor of 10 to 30: for small sizes.
+*/
+#ifndef CUDA_RACE_H
+#define CUDA_RACE_H
+
+#define EMU_RACE extern "C" inline __attribute__((no_sanitize("thread"), used))
+
+namespace emu {
+
+struct Access {
+    uint32_t block, barriers, syncs; // block counts from 1 through all launches; 0: none
+    unsigned short thread;
+    bool atomic;
+};
+struct Cell { Access write, read, other_read; }; // two readers of different threads are enough
+
+// The cells of an allocation or a shared array, by the address of its pages; of zeros at first.
+struct Cells { char *low, *high; Cell *cells; };
+inline std::map<uintptr_t, Cells> all_cells;
+
+// Accesses before `from` cannot matter: those of earlier launches, or earlier blocks to shared memory.
+inline bool ordered(const Access &a, const Access &now, uint64_t from)
+{
+    if (a.block < from || (a.block == now.block && a.thread == now.thread)) return true;
+    if (a.atomic && now.atomic) return true;
+    if (a.block != now.block) return false;
+    return a.barriers < now.barriers || (a.thread / 32 == now.thread / 32 && a.syncs < now.syncs);
+}
+
+[[noreturn]] inline void report(const char *p, const Access &a, bool a_write, bool write)
+{
+    char where[240], who[80] = "a thread of another block";
+    const Allocation *of = find(p);
+    if (of) snprintf(where, sizeof where, "byte %td of %s", p - of->data, describe(*of));
+    for (const Shared *s : m.shared)
+        if (p >= s->low && p < s->high)
+            snprintf(where, sizeof where, "byte %td of shared %s", p - s->data, s->name);
+    uint3 id = m.all[a.thread].id;
+    if (a.block == m.block) snprintf(who, sizeof who, "thread (%u,%u,%u)", id.x, id.y, id.z);
+    fail("race: this thread %s what %s %s, with no barrier between: %s", write ? "writes" : "reads", who,
+         a_write ? "wrote" : "read", where);
+}
+
+inline void on_access(const void *address, size_t size, bool write)
+{
+    char *p = (char *)address, *low = nullptr, *high = nullptr;
+    uint64_t from = m.first_block;
+    for (const Shared *s : m.shared)
+        if (p >= s->low && p < s->high) low = s->low, high = s->high, from = m.block;
+    if (!low)
+        if (const Allocation *a = find(p); a && !a->freed) low = a->low, high = a->high;
+    if (!low || p < low || p >= high) return; // the thread's own stack, or a fault that comes now
+    Cells &c = all_cells[(uintptr_t)low];
+    if (c.high != high) {
+        c = {low, high, nullptr};
+        c.cells = (Cell *)map_pages((size_t)(high - low) / 2 * sizeof(Cell));
+        mprotect((void *)c.cells, (size_t)(high - low) / 2 * sizeof(Cell), PROT_READ | PROT_WRITE);
+    }
+    unsigned short t = (unsigned short)(m.thread - m.all);
+    Access now = {(uint32_t)m.block, m.barriers, m.warp[t / 32].syncs, t, m.atomic > 0};
+    for (size_t i = (size_t)(p - low) / 2; i <= (size_t)(p - low + size - 1) / 2; i++) {
+        Cell &cell = c.cells[i];
+        if (!ordered(cell.write, now, from)) report(low + 2 * i, cell.write, true, write);
+        if (!write) {
+            Access &r = ordered(cell.read, now, from) ? cell.read : cell.other_read;
+            r = now;
+            r.syncs -= (uint32_t)m.collective; // ldmatrix: done before any lane of the warp goes on
+            continue;
+        }
+        if (!ordered(cell.read, now, from)) report(low + 2 * i, cell.read, false, true);
+        if (!ordered(cell.other_read, now, from)) report(low + 2 * i, cell.other_read, false, true);
+        cell = {now, {}, {}};
+    }
+}
+
+// The header's own work on the way is none of a kernel's accesses: `quiet` while it is done.
+EMU_RACE void emu_access(const void *p, size_t size, bool write)
+{
+    if (!m.thread || m.quiet) return;
+    m.quiet = 1;
+    on_access(p, size, write);
+    m.quiet = 0;
+}
+
+struct StartRace { StartRace() { m.access = emu_access; } };
+inline StartRace start_race;
+
+} // namespace emu
+
+// What the compiler calls.
+#define EMU_ACCESS(bytes) \
+    EMU_RACE void __tsan_read##bytes(void *p) { emu::emu_access(p, bytes, false); } \
+    EMU_RACE void __tsan_write##bytes(void *p) { emu::emu_access(p, bytes, true); } \
+    EMU_RACE void __tsan_unaligned_read##bytes(void *p) { emu::emu_access(p, bytes, false); } \
+    EMU_RACE void __tsan_unaligned_write##bytes(void *p) { emu::emu_access(p, bytes, true); } \
+    EMU_RACE void __tsan_read_write##bytes(void *p) { emu::emu_access(p, bytes, true); } \
+    EMU_RACE void __tsan_unaligned_read_write##bytes(void *p) { emu::emu_access(p, bytes, true); }
+EMU_ACCESS(1)
+EMU_ACCESS(2)
+EMU_ACCESS(4)
+EMU_ACCESS(8)
+EMU_ACCESS(16)
+EMU_RACE void __tsan_read_range(void *p, size_t n) { emu::emu_access(p, n, false); }
+EMU_RACE void __tsan_write_range(void *p, size_t n) { emu::emu_access(p, n, true); }
+EMU_RACE char __tsan_atomic8_load(const volatile char *p, int) { return *p; } // a static's guard
+EMU_RACE void __tsan_init() {}
+EMU_RACE void __tsan_func_entry(void *) {}
+EMU_RACE void __tsan_func_exit() {}
+EMU_RACE void __tsan_vptr_update(void **, void *) {}
+EMU_RACE void __tsan_vptr_read(void **) {}
+EMU_RACE void *__tsan_memset(void *p, int value, size_t n) { return memset(p, value, n); }
+EMU_RACE void *__tsan_memcpy(void *to, const void *from, size_t n) { return memcpy(to, from, n); }
+EMU_RACE void *__tsan_memmove(void *to, const void *from, size_t n) { return memmove(to, from, n); }
+
+#endif
