@@ -5,8 +5,8 @@ cuda_race.h: finds races in the kernels that cuda_on_cpu.h runs, whether or not 
     g++ race.o -o moe_race                                   (without -fsanitize: link no runtime)
 
 -fsanitize=thread makes the compiler call a function before each access to memory. Those functions are
-ours, not the library's. They remember, for each two bytes of device and shared memory, who wrote them
-last and who read them since. Two accesses to the same bytes of which one writes are a race unless
+ours, not the library's. They remember of device and shared memory who wrote it last and who read it
+since. Two accesses to the same bytes of which one writes are a race unless
   - they are one thread's, or from different launches,
   - __syncthreads stood between them (one block) or __syncwarp (one warp; shuffles order no memory),
   - or both are atomic.
@@ -16,23 +16,24 @@ as the order does not matter. It is slower by a factor of 10 to 30: for small si
 #ifndef CUDA_RACE_H
 #define CUDA_RACE_H
 
+#define EMU_PLAIN __attribute__((no_sanitize("thread")))
 #define EMU_RACE extern "C" inline __attribute__((no_sanitize("thread"), used))
 
 namespace emu {
 
 struct Access {
-    uint32_t block, barriers, syncs; // block counts from 1 through all launches; 0: none
-    unsigned short thread;
-    bool atomic;
+    uint32_t block; // counted from 1 through all launches; 0: none
+    uint16_t barriers, syncs, thread, atomic;
 };
 struct Cell { Access write, read, other_read; }; // two readers of different threads are enough
 
-// The cells of an allocation or a shared array, by the address of its pages; of zeros at first.
+// A cell for each byte of an allocation's or a shared array's pages, of zeros at first. An access of two
+// bytes or more looks at its even ones only.
 struct Cells { char *low, *high; Cell *cells; };
 inline std::map<uintptr_t, Cells> all_cells;
 
 // Accesses before `from` cannot matter: those of earlier launches, or earlier blocks to shared memory.
-inline bool ordered(const Access &a, const Access &now, uint64_t from)
+EMU_PLAIN inline bool ordered(const Access &a, const Access &now, uint64_t from)
 {
     if (a.block < from || (a.block == now.block && a.thread == now.thread)) return true;
     if (a.atomic && now.atomic) return true;
@@ -54,35 +55,45 @@ inline bool ordered(const Access &a, const Access &now, uint64_t from)
          a_write ? "wrote" : "read", where);
 }
 
-inline void on_access(const void *address, size_t size, bool write)
+inline Cells *cells_of(char *low, char *high) // new ones are of zeros
 {
-    char *p = (char *)address, *low = nullptr, *high = nullptr;
-    uint64_t from = m.first_block;
-    for (const Shared *s : m.shared)
-        if (p >= s->low && p < s->high) low = s->low, high = s->high, from = m.block;
-    if (!low)
-        if (const Allocation *a = find(p); a && !a->freed) low = a->low, high = a->high;
-    if (!low || p < low || p >= high) return; // the thread's own stack, or a fault that comes now
     Cells &c = all_cells[(uintptr_t)low];
-    if (c.high != high) {
-        c = {low, high, nullptr};
-        c.cells = (Cell *)map_pages((size_t)(high - low) / 2 * sizeof(Cell));
-        mprotect((void *)c.cells, (size_t)(high - low) / 2 * sizeof(Cell), PROT_READ | PROT_WRITE);
+    if (c.high == high) return &c;
+    size_t bytes = (size_t)(high - low) * sizeof(Cell);
+    c = {low, high, (Cell *)map_pages(bytes)};
+    mprotect((void *)c.cells, bytes, PROT_READ | PROT_WRITE);
+    return &c;
+}
+
+EMU_PLAIN inline void on_access(const void *address, size_t size, bool write)
+{
+    static Cells *last = nullptr;
+    char *p = (char *)address;
+    uint64_t from = m.first_block;
+    const Shared *shared = nullptr;
+    for (size_t i = 0; i < m.shared.size(); i++)
+        if (p >= m.shared[i]->low && p < m.shared[i]->high) shared = m.shared[i], from = m.block;
+    if (shared) {
+        last = cells_of(shared->low, shared->high);
+    } else if (!last || p < last->low || p >= last->high) {
+        const Allocation *a = find(p);
+        if (!a || a->freed || p < a->low || p >= a->high) return; // its own stack, or a fault to come
+        last = cells_of(a->low, a->high);
     }
-    unsigned short t = (unsigned short)(m.thread - m.all);
-    Access now = {(uint32_t)m.block, m.barriers, m.warp[t / 32].syncs, t, m.atomic > 0};
-    for (size_t i = (size_t)(p - low) / 2; i <= (size_t)(p - low + size - 1) / 2; i++) {
-        Cell &cell = c.cells[i];
-        if (!ordered(cell.write, now, from)) report(low + 2 * i, cell.write, true, write);
-        if (!write) {
+    uint16_t t = (uint16_t)(m.thread - m.all);
+    Access now = {(uint32_t)m.block, (uint16_t)m.barriers, (uint16_t)m.warp[t / 32].syncs, t, m.atomic > 0};
+    for (char *end = p + size; p < end; p += size == 1 ? 1 : 2) {
+        Cell &cell = last->cells[p - last->low];
+        if (!ordered(cell.write, now, from)) report(p, cell.write, true, write);
+        if (write) {
+            if (!ordered(cell.read, now, from)) report(p, cell.read, false, true);
+            if (!ordered(cell.other_read, now, from)) report(p, cell.other_read, false, true);
+            cell = {now, {}, {}};
+        } else {
             Access &r = ordered(cell.read, now, from) ? cell.read : cell.other_read;
             r = now;
-            r.syncs -= (uint32_t)m.collective; // ldmatrix: done before any lane of the warp goes on
-            continue;
+            r.syncs = (uint16_t)(r.syncs - m.collective); // ldmatrix: done before any lane goes on
         }
-        if (!ordered(cell.read, now, from)) report(low + 2 * i, cell.read, false, true);
-        if (!ordered(cell.other_read, now, from)) report(low + 2 * i, cell.other_read, false, true);
-        cell = {now, {}, {}};
     }
 }
 
@@ -90,6 +101,8 @@ inline void on_access(const void *address, size_t size, bool write)
 EMU_RACE void emu_access(const void *p, size_t size, bool write)
 {
     if (!m.thread || m.quiet) return;
+    if ((size_t)((char *)p - (char *)m.context->stack) < STACK) return; // the thread's own
+    if ((size_t)((char *)p - (char *)&m) < sizeof m) return;
     m.quiet = 1;
     on_access(p, size, write);
     m.quiet = 0;
