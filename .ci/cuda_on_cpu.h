@@ -65,14 +65,14 @@ More settings, to test how a program takes what it finds: EMU_DEVICES=0 (no GPU)
 #include <unordered_map>
 #include <vector>
 
-#if defined __SANITIZE_ADDRESS__
-#define EMU_ASAN 1
-#elif defined __has_feature
+#ifdef __has_feature // clang; gcc defines the others
 #if __has_feature(address_sanitizer)
-#define EMU_ASAN 1
+#define __SANITIZE_ADDRESS__ 1
+#elif __has_feature(thread_sanitizer)
+#define __SANITIZE_THREAD__ 1
 #endif
 #endif
-#ifdef EMU_ASAN
+#ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -214,10 +214,16 @@ struct Machine {
     std::list<Context> stacks;
     // Races: see cuda_race.h
     void (*access)(const void *p, size_t size, bool write) = nullptr;
-    int atomic = 0, quiet = 0;
+    int atomic = 0, collective = 0, quiet = 0; // what is going on now
     uint64_t first_block = 0; // of this launch
 };
 inline Machine m;
+
+struct Count { // counts up while it lives
+    int &n;
+    explicit Count(int &i) : n(i) { n++; }
+    ~Count() { n--; }
+};
 
 [[noreturn]] __attribute__((noinline, format(printf, 1, 2))) inline void fail(const char *format, ...)
 {
@@ -431,7 +437,7 @@ inline void *first_sp(char *top, void (*entry)())
 
 inline void switched(Context *me) // just after a switch to me
 {
-#ifdef EMU_ASAN
+#ifdef __SANITIZE_ADDRESS__
     Context *last = m.context;
     const void *bottom;
     size_t size;
@@ -444,7 +450,7 @@ inline void switched(Context *me) // just after a switch to me
 inline void switch_to(Context *to)
 {
     Context *me = m.context;
-#ifdef EMU_ASAN
+#ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&me->fake_stack, to->stack, to->size);
 #endif
     emu_switch(&me->sp, to->sp);
@@ -484,6 +490,7 @@ inline void Shared::resize(size_t bytes)
 inline char *Shared::get() // the first thread of a block to come here makes it ready
 {
     if (block != m.block) {
+        Count quiet(m.quiet);
         block = m.block;
         memset(low, 0xff, room);
         m.shared.push_back(this);
@@ -495,6 +502,7 @@ inline char *Shared::get() // the first thread of a block to come here makes it 
 
 inline void end_block()
 {
+    Count quiet(m.quiet);
     for (Shared *s : m.shared)
         if (const char *p = not_poison(s->data + s->size, s->high))
             fail("out of bounds: byte %td was written of shared %s, which has %zu", p - s->data, s->name, s->size);
@@ -519,7 +527,7 @@ inline bool begin_block() // false: there is none
         }
     }
     for (unsigned w = 0; w < m.warp_count; w++) {
-        m.warp[w].ready = m.warp[w].waiting = m.warp[w].syncs = 0;
+        m.warp[w].ready = m.warp[w].waiting = 0, m.warp[w].syncs = 1;
         for (unsigned l = 0; l < 32 && w * 32 + l < m.threads; l++) m.warp[w].ready |= 1u << m.place_of[l];
     }
     for (unsigned t = 0; t < m.threads; t++) m.all[t].state = Thread::FRESH;
@@ -799,6 +807,7 @@ inline void run_ldmatrix(Warp &w, int n, bool transposed)
 
 inline void run_op(Warp &w, Op op, unsigned mask)
 {
+    Count quiet(m.quiet);
     unsigned votes = 0;
     for (unsigned l = 0; l < 32; l++)
         if (mask >> l & 1 && w.value[l]) votes |= 1u << l;
@@ -866,8 +875,18 @@ inline void need_shared(const char *what, const void *p, int line)
     if (find(p)) fail("%s at line %d: address %p is not in shared memory", what, line, p);
 }
 
+inline void need_row(const char *what, const void *p, int line)
+{
+    need_shared(what, p, line);
+    Count collective(m.collective);
+    if (m.access) m.access(p, 16, false);
+}
+
 inline void do_copy(const Copy &c)
 {
+    if (m.access && c.valid) m.access(c.from, 16, false);
+    if (m.access) m.access(c.to, 16, true);
+    Count quiet(m.quiet);
     if (c.valid) memcpy(c.to, c.from, 16);
     else memset(c.to, 0, 16);
 }
@@ -920,7 +939,7 @@ inline void mma_16x8x16(float d[4], const unsigned a[4], const unsigned b[2], EM
 #define EMU_LDMATRIX(name, n, op) \
     inline void name(unsigned r[n], const void *row, EMU_HERE) \
     { \
-        if ((emu::m.thread - emu::m.all) % 32 < 8 * n) emu::need_shared(#name, row, line); \
+        if ((emu::m.thread - emu::m.all) % 32 < 8 * n) emu::need_row(#name, row, line); \
         emu::meet(emu::op, ~0u, line, 0, n, 32, nullptr, r, row); \
     }
 EMU_LDMATRIX(ldmatrix_x2, 2, LDMATRIX)
@@ -953,7 +972,7 @@ template <int N> void cp_async_wait() // until all but the last N groups are her
 
 #define EMU_ATOMIC(name, expression) \
     template <class T> T name(T *p, typename emu::Same<T>::type v) \
-    { T old = *p; *p = (T)(expression); return old; }
+    { emu::Count atomic(emu::m.atomic); T old = *p; *p = (T)(expression); return old; }
 EMU_ATOMIC(atomicSub, old - v)
 EMU_ATOMIC(atomicExch, v)
 EMU_ATOMIC(atomicMax, old > v ? old : v)
@@ -961,9 +980,10 @@ EMU_ATOMIC(atomicMin, old < v ? old : v)
 EMU_ATOMIC(atomicAnd, old & v)
 EMU_ATOMIC(atomicOr, old | v)
 EMU_ATOMIC(atomicXor, old ^ v)
-inline unsigned atomicInc(unsigned *p, unsigned limit) { unsigned old = *p; *p = old >= limit ? 0 : old + 1; return old; }
+EMU_ATOMIC(atomicInc, old >= v ? 0 : old + 1)
 template <class T> T atomicAdd(T *p, typename emu::Same<T>::type v)
 {
+    emu::Count atomic(emu::m.atomic);
     if (std::is_same<T, float>::value && emu::m.order == emu::Machine::AGREE)
         emu::m.float_sums[p] += std::fabs((double)v);
     T old = *p;
@@ -972,6 +992,7 @@ template <class T> T atomicAdd(T *p, typename emu::Same<T>::type v)
 }
 template <class T> T atomicCAS(T *p, typename emu::Same<T>::type expected, typename emu::Same<T>::type v)
 {
+    emu::Count atomic(emu::m.atomic);
     T old = *p;
     if (old == expected) *p = v;
     return old;
@@ -1343,4 +1364,7 @@ inline cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cubla
                                       0, 1, compute, algo);
 }
 
+#ifdef __SANITIZE_THREAD__
+#include "cuda_race.h"
+#endif
 #endif

@@ -36,7 +36,7 @@ template <class F> void caught(const char *what, std::vector<const char *> words
     text[n] = 0;
     waitpid(child, &status, 0);
     const char *line = strstr(text, "cuda_on_cpu: ");
-#ifndef EMU_ASAN // which has something to say before
+#ifndef __SANITIZE_ADDRESS__ // which has something to say before
     line = text;
 #endif
     bool good = WIFEXITED(status) && WEXITSTATUS(status) == 1 && n && line && strchr(line, '\n') == text + n - 1;
@@ -169,7 +169,7 @@ static __global__ void atomics(unsigned *u, int *i, float *f, unsigned long long
 {
     atomicAdd(u, 2u), atomicMax(u + 1, threadIdx.x), atomicOr(u + 2, 1u << threadIdx.x % 32), atomicInc(u + 3, 9);
     atomicAdd(i, -1), atomicMin(i + 1, -(int)threadIdx.x), atomicSub(i + 2, 3), atomicAdd(f, 0.5f), atomicAdd(l, 1ull << 32);
-    for (int old = i[3], seen; ; old = seen) // max by compare and swap
+    for (int old = atomicAdd(i + 3, 0), seen; ; old = seen) // max by compare and swap
         if ((seen = atomicCAS(i + 3, old, max(old, (int)threadIdx.x))) == old) break;
 }
 
@@ -480,8 +480,7 @@ static __global__ void shared_touch(float *out, int i)
 {
     SHARED(float, a, [33]);
     a[threadIdx.x] = 1;
-    a[i] = 2;
-    *out = a[i];
+    if (!threadIdx.x) a[i] = 2, *out = a[i];
 }
 static __global__ void dynamic_touch(float *out, int i) { DYNAMIC_SHARED(float, a); a[i] = 1, *out = a[i]; }
 static __global__ void unwritten_shared(float *out)
@@ -666,9 +665,36 @@ static __global__ void overwritten_copy(float *y, const float *x) // while the c
     cp_async_wait<0>();
 }
 
+static __global__ void count_shared(int *out)
+{
+    SHARED(int, count);
+    if (!threadIdx.x) count = 0;
+    __syncthreads();
+    count++;
+    __syncthreads();
+    if (!threadIdx.x) *out = count;
+}
+static __global__ void count_global(int *out) { if (!threadIdx.x) ++*out; }
+static __global__ void shuffle_is_no_barrier(int *out)
+{
+    SHARED(short, s, [32]);
+    s[threadIdx.x] = (short)threadIdx.x;
+    int one = __shfl_sync(~0u, 1, 0);
+    out[threadIdx.x] = s[threadIdx.x ^ one];
+}
+
 static void plant_races()
 {
     float *x = device(random_floats(128)), *y = device(std::vector<float>(128));
+#ifdef __SANITIZE_THREAD__ // compiled for cuda_race.h
+    const char *words = "race: this thread ";
+    int *n = device(std::vector<int>(32));
+    caught("a count in shared memory without atomics", {words, "thread (0,0,0) wrote", "shared count"},
+           [&] { LAUNCH(count_shared, 1, 32, 0, n); });
+    caught("a count of blocks without atomics", {words, "another block wrote"}, [&] { LAUNCH(count_global, 2, 32, 0, n); });
+    caught("a shuffle for a barrier", {words, "of shared s"}, [&] { LAUNCH(shuffle_is_no_barrier, 1, 32, 0, n); });
+#else
+    (void)count_shared, (void)count_global, (void)shuffle_is_no_barrier;
     LAUNCH(no_barrier, 1, 64, 0, y, x, 64);
     std::vector<float> forward = host(y, 64);
     emu_order("reverse");
@@ -676,16 +702,17 @@ static void plant_races()
     std::vector<float> reverse = host(y, 64);
     check(std::isnan(forward[0]) && !std::isnan(forward[63]) && std::isnan(reverse[63]) && !std::isnan(reverse[0]),
           "a missing barrier gives different results forward and reverse");
-    emu_order("agree");
     const char *words = "orders disagree";
+#endif
+    emu_order("agree");
     caught("a missing barrier", {words, "no_barrier"}, [&] { LAUNCH(no_barrier, 1, 64, 0, y, x, 64); });
     caught("a barrier missing at a loop's end", {words, "no_second_barrier"}, [&] { LAUNCH(no_second_barrier, 1, 64, 0, y, x, 64); });
     caught("a missing __syncwarp", {words, "no_syncwarp"}, [&] { LAUNCH(no_syncwarp, 1, 32, 0, y, x); });
     caught("a missing atomic", {words, "no_atomic"}, [&] { LAUNCH(no_atomic, 4, 64, 0, y, x); });
     caught("blocks that write the same", {words, "blocks_race"}, [&] { LAUNCH(blocks_race, 4, 8, 0, y); });
     caught("blocks that read each other", {words, "blocks_depend"}, [&] { LAUNCH(blocks_depend, 4, 1, 0, y); });
-    caught("a copy that is not waited for", {words, "no_wait"}, [&] { LAUNCH(no_wait, 1, 32, 0, y, x); });
-    caught("memory read while a copy comes", {words, "overwritten_copy"}, [&] { LAUNCH(overwritten_copy, 1, 1, 0, y, x); });
+    caught("a copy that is not waited for", {"orders disagree", "no_wait"}, [&] { LAUNCH(no_wait, 1, 32, 0, y, x); });
+    caught("memory read while a copy comes", {"orders disagree", "overwritten_copy"}, [&] { LAUNCH(overwritten_copy, 1, 1, 0, y, x); });
     emu_order("forward");
 }
 
@@ -720,7 +747,7 @@ static void plant_other_bugs()
 {
     float *x = device(std::vector<float>(64)), *y = device_new<float>(64);
     (void)y;
-#if defined __x86_64__ && defined __OPTIMIZE__ && !defined EMU_ASAN // as aligned instructions fault
+#if defined __x86_64__ && defined __OPTIMIZE__ && !defined __SANITIZE_ADDRESS__ && !defined __SANITIZE_THREAD__ // as aligned instructions fault
     caught("a misaligned vector", {"misaligned"}, [&] { LAUNCH(misaligned, 1, 1, 0, (float4 *)y, x); });
 #endif
     caught("ldmatrix of a row that is not aligned", {"ldmatrix_x4", "not a multiple of 16"}, [&] { LAUNCH(misaligned_ldmatrix, 1, 32, 0, x); });
