@@ -37,7 +37,7 @@ test_moe: test_moe.c moe.c Makefile
 	$(BUILD) -c -o build/test_float.o test_moe.c
 	$(BUILD) -o $@ build/test_float.o build/test_double.o -lm
 
-test: moe test_moe
+test: moe test_moe $(if $(shell command -v $(CXX)),verify)
 	./test_moe
 
 PRECISION = bf16
