@@ -29,6 +29,15 @@ At each kernel stands what it moves and computes. Bytes are of real (2 in bfloat
 #include "moe.c"
 #else // taken in by moe.c
 
+// The GPU's compute capability, as nvcc's -arch has it: 90 for sm_90.
+static int gpu_arch(void)
+{
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
+    return 10 * major + minor;
+}
+
 // Every call of CUDA and cuBLAS is checked. What a kernel does wrong shows at a later one.
 static void cuda_check(cudaError_t status, const char *call)
 {
@@ -46,8 +55,8 @@ static void cuda_check(cudaError_t status, const char *call)
             toolkit / 1000, toolkit % 1000 / 10);
     }
     if (status == cudaErrorNoKernelImageForDevice)
-        die(FAILED, "this program was built for another kind of GPU; `make gpu` on this machine, "
-            "or with GPU_ARCH=sm_NN, builds it for this one");
+        die(FAILED, "this program was built for another GPU than this sm_%d; make gpu "
+            "GPU_ARCH=sm_%d builds it for this one", gpu_arch(), gpu_arch());
     if (status == cudaErrorMemoryAllocation)
         die(FAILED, "out of device memory; use a smaller model, --batch or --seq");
     die(FAILED, "%s: %s", call, cudaGetErrorString(status));
@@ -142,6 +151,9 @@ static void device_start(void)
     int devices = 0;
     if (cublas) return;
     CUDA(cudaGetDeviceCount(&devices));
+    if (sizeof(real) < sizeof(accum) && gpu_arch() < 80)
+        die(FAILED, "this GPU, sm_%d, has no bfloat16 tensor cores; make gpu PRECISION=fp32 does "
+            "without", gpu_arch());
     RUN_KERNEL(probe_kernel, 1, 32, 0, 0);
     CUBLAS(cublasCreate(&cublas));
 }
