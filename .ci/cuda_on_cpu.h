@@ -122,7 +122,8 @@ constexpr int warpSize = 32;
 
 namespace emu {
 
-constexpr size_t PAGE = 4096, GRANULE = 256 << 10;
+inline const size_t PAGE = (size_t)sysconf(_SC_PAGESIZE); // 4, 16 or 64 KiB
+constexpr size_t GRANULE = 256 << 10; // what a fault opens
 constexpr size_t STATIC_SHARED = 48 << 10, MAX_SHARED = 227 << 10; // a block's: unasked, at most
 constexpr size_t STACK = 256 << 10; // a thread's: address space, memory only where it is used
 

@@ -27,8 +27,8 @@ struct Access {
 };
 struct Cell { Access write, read, other_read; }; // two readers of different threads are enough
 
-// A cell for each byte of the pages of an allocation or a shared array, zeros at first. An access of
-// two bytes or more looks at every second one.
+// A cell for each byte of the pages of an allocation or a shared array, zeros at first. An access
+// of two bytes or more looks at every second one.
 struct Cells { char *low, *high; Cell *cells; };
 inline std::map<uintptr_t, Cells> all_cells;
 
