@@ -813,20 +813,19 @@ inline float bf16_at(const unsigned *registers, int i) // two in each register
 // 2q + 1 and 8 more of column g; of D columns 2q, 2q + 1 of rows g and g + 8.
 inline void run_mma(Warp &w)
 {
-    float a[16][16], b[8][16];
+    float a[16][16], b[16][8], ab[16][8] = {};
     for (int lane = 0; lane < 32; lane++) {
         int g = lane / 4, q = lane % 4;
         for (int i = 0; i < 8; i++)
             a[g + i / 2 % 2 * 8][2 * q + i % 2 + i / 4 * 8] = bf16_at(w.a[lane], i);
-        for (int i = 0; i < 4; i++) b[g][2 * q + i % 2 + i / 2 * 8] = bf16_at(w.b[lane], i);
+        for (int i = 0; i < 4; i++) b[2 * q + i % 2 + i / 2 * 8][g] = bf16_at(w.b[lane], i);
     }
+    for (int i = 0; i < 16; i++)
+        for (int k = 0; k < 16; k++)
+            for (int j = 0; j < 8; j++) ab[i][j] += a[i][k] * b[k][j];
     for (int lane = 0; lane < 32; lane++)
-        for (int i = 0; i < 4; i++) {
-            const float *x = a[lane / 4 + i / 2 * 8], *y = b[lane % 4 * 2 + i % 2];
-            float s = 0;
-            for (int k = 0; k < 16; k++) s += x[k] * y[k];
-            w.d[lane][i] += s;
-        }
+        for (int i = 0; i < 4; i++)
+            w.d[lane][i] += ab[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
 // n matrices of 8 rows of 8 bf16; lane 8 i + j names row j of matrix i. A lane gets elements 2q and
