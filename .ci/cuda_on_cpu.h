@@ -8,40 +8,45 @@ told what a GPU would not have forgiven.
 How a block runs. A CUDA thread is a coroutine: a stack of its own and a place where it stopped. All
 threads of a block take turns on one CPU core, and a turn ends only where CUDA threads meet:
 
-    thread 0  ----> __syncthreads  .                  ----> __shfl_sync .           ----> return
-    thread 1        .----> __syncthreads  .                .----> __shfl_sync .
-    thread 2               .----> __syncthreads (the last: all go on)  .---->  ...
+    thread 0  ----> __syncthreads .                 ----> __shfl_sync .            ----> return
+    thread 1        ----> __syncthreads .                 ----> __shfl_sync .
+    thread 2              ----> __syncthreads (the last: all go on)   ----> ...
 
 Between two meetings a thread runs alone and to the end, so a forgotten barrier cannot hide behind
-luck: the threads before see nothing of those after. A thread that never meets another one is a plain
-function call on a stack that is already there. Blocks run one after the other, so a kernel in which
-one block spins until another has done something never ends here.
+luck: those before see nothing of those after. A thread that never meets another is a plain function
+call on a stack that is there already. Blocks run one after the other, so a kernel in which a block
+spins until another one has done something never ends here.
 
 What is caught, each with one line on stderr and exit status 1:
-  - host code that touches device memory. The pages are closed; a kernel or a cuda* copy opens those
+  - host code that touches device memory. Its pages are closed; a kernel or a cuda* copy opens those
     it touches, 256 KiB at a time, through the page fault, and they are closed again after it.
   - out of bounds: an allocation ends where its last page ends, and the page after it, like the page
-    before it, is never open. So is freed memory, which is not used again. The few bytes between an
-    allocation and its page's edge are looked at after each launch. Shared arrays have such pages too.
+    before it, is never open. Nor is freed memory, which is not used again. The few bytes between an
+    allocation and its page's edge are looked at after each launch. Shared arrays are kept likewise.
   - reads of what was not written: fresh memory, and shared memory as each block starts, is 0xff
     throughout, a NaN as float and bfloat16, -1 as an integer.
   - a barrier, shuffle or vote that not all threads reach that should, or at different lines;
-    a shuffle from a lane outside the mask; a host pointer given to a kernel; misaligned vectors.
+    a shuffle from a lane outside the mask; a host pointer as an argument of a kernel (not inside a
+    struct); misaligned vectors, where the compiler uses the instructions that fault (-O1 and up).
   - a missing barrier or a race, by its result: EMU_ORDER (or emu_order("...")) says in which order
-    blocks, warps and lanes run: "forward" (the default), "reverse", "shuffle:SEED", or "agree", which
-    runs every launch in all three from the same memory and demands the same bytes of each. (What
-    float atomics added to may differ by rounding.)
+    blocks, warps and lanes run: "forward" (if nothing is said), "reverse", "shuffle:SEED", or
+    "agree", which runs every launch in all three from the same memory and demands the same bytes
+    (what float atomics added to may differ by rounding). An integer that is counted up without an
+    atomic comes out right in any order; cuda_race.h, included with -fsanitize=thread, finds that.
 
 In gdb:   gdb -ex 'handle SIGSEGV nostop noprint' -ex 'break emu::fail' --args ./moe_emu ...
-    `break some_kernel if threadIdx.x == 5 && blockIdx.x == 1`, then step; threadIdx and blockIdx are
-    ordinary variables, and `up` from emu::fail leads to the kernel's line.
+    `break some_kernel if threadIdx.x == 5 && blockIdx.x == 1`, then `next` as usual: it stays with
+    this thread, over barriers too. threadIdx and blockIdx are ordinary variables; emu::m.all[7]
+    tells where thread 7 waits; from emu::fail, `up` leads to the kernel's line.
 
-What the file written for it must do: launch by LAUNCH(kernel, grid, block, shared_bytes, ...), declare
-shared memory by SHARED(float, tile, [16][17]) and DYNAMIC_SHARED(float, scratch), and take the PTX
-helpers (mma_16x8x16, ldmatrix_*, cp_async_*) from here where __CUDACC__ is not defined.
+What the file written for it must do: launch by LAUNCH(kernel, grid, block, shared_bytes, ...);
+declare shared memory by SHARED(float, tile, [16][17]) and DYNAMIC_SHARED(float, scratch), each at a
+multiple of 16 bytes; and take the PTX helpers (mma_16x8x16, ldmatrix_*, cp_async_*) from here where
+__CUDACC__ is not defined.
 
-More settings, to test how a program takes what it finds: EMU_DEVICES=0 (no GPU), EMU_DRIVER=11080
-(a driver too old), EMU_CC=61 (compute capability 6.1), EMU_MEMORY=BYTES (of device memory, 8 GiB).
+More settings, to test what a program does with what it finds: EMU_DEVICES=0 (no GPU),
+EMU_DRIVER=11080 (a driver too old), EMU_CC=61 (compute capability 6.1), EMU_MEMORY=BYTES (of the
+device, 8 GiB if nothing is said).
 */
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H
@@ -117,12 +122,13 @@ constexpr int warpSize = 32;
 
 namespace emu {
 
-constexpr size_t PAGE = 4096, GRANULE = 256 << 10;
-constexpr size_t STATIC_SHARED = 48 << 10, MAX_SHARED = 227 << 10; // a block's, without and with asking
+inline const size_t PAGE = (size_t)sysconf(_SC_PAGESIZE); // 4, 16 or 64 KiB
+constexpr size_t GRANULE = 256 << 10; // what a fault opens
+constexpr size_t STATIC_SHARED = 48 << 10, MAX_SHARED = 227 << 10; // a block's: unasked, at most
 constexpr size_t STACK = 256 << 10; // a thread's: address space, memory only where it is used
 
-// What cudaMalloc gave: the pages low..high, of which `size` bytes from data on are the user's. They
-// end less than 16 bytes before high. The page before low and the page from high on are never open.
+// What cudaMalloc gave: the pages low..high, of which `size` bytes from data on are the user's and
+// end less than 16 bytes before high. The page before low and the one at high are never open.
 struct Allocation {
     char *low, *high, *data;
     size_t size;
@@ -133,7 +139,7 @@ struct Allocation {
 };
 enum { CLOSED, READABLE, WRITABLE };
 
-// A granule a launch wrote, while the orders are compared: its bytes before and after the first run.
+// A granule that a launch wrote, while orders are compared: its bytes before and after the first.
 struct Written { Allocation *of; size_t granule; std::vector<char> before, after; };
 
 // Where a coroutine stopped: the stack pointer, under which its registers lie.
@@ -199,7 +205,8 @@ struct Machine {
     // The block
     uint64_t block = 0, blocks_begun = 0;
     unsigned threads = 0, warp_count = 0, warp_place = 0, arrived = 0, returned = 0;
-    unsigned barriers = 0, votes = 0, counted = 0; // barriers passed; votes for the next, for the last
+    unsigned barriers = 0; // passed
+    unsigned votes = 0, counted = 0; // for the next barrier, for the last
     int barrier_line = 0;
     Thread *thread = nullptr; // that runs now; null outside kernels
     Thread all[1024];
@@ -225,7 +232,8 @@ struct Count { // counts up while it lives
     ~Count() { n--; }
 };
 
-[[noreturn]] __attribute__((noinline, format(printf, 1, 2))) inline void fail(const char *format, ...)
+[[noreturn]] __attribute__((noinline, format(printf, 1, 2)))
+inline void fail(const char *format, ...)
 {
     char text[1024];
     va_list list;
@@ -235,8 +243,8 @@ struct Count { // counts up while it lives
     if (m.kernel && n < 500) n += snprintf(text + n, 200, " [in %s", m.kernel);
     if (m.kernel && m.line && n < 700) n += snprintf(text + n, 200, ", from %s:%d", m.file, m.line);
     if (m.thread && n < 900)
-        n += snprintf(text + n, 100, ", block (%u,%u,%u), thread (%u,%u,%u)", blockIdx.x, blockIdx.y,
-                      blockIdx.z, m.thread->id.x, m.thread->id.y, m.thread->id.z);
+        n += snprintf(text + n, 100, ", block (%u,%u,%u), thread (%u,%u,%u)", blockIdx.x,
+                      blockIdx.y, blockIdx.z, m.thread->id.x, m.thread->id.y, m.thread->id.z);
     if (m.kernel && n < 1000) strcpy(text + n, "]");
     fflush(stdout);
     fprintf(stderr, "cuda_on_cpu: %s\n", text);
@@ -263,8 +271,8 @@ inline Allocation *find(const void *p)
 inline const char *describe(const Allocation &a)
 {
     static char text[160];
-    snprintf(text, sizeof text, "allocation %d%s%s, which has %zu bytes (cudaMalloc at line %d)", a.number,
-             *a.name ? " " : "", a.name, a.size, a.line);
+    snprintf(text, sizeof text, "allocation %d%s%s, which has %zu bytes (cudaMalloc at line %d)",
+             a.number, *a.name ? " " : "", a.name, a.size, a.line);
     return text;
 }
 
@@ -338,15 +346,17 @@ inline void page_fault(int signal, siginfo_t *info, void *context)
     if (a) fail("host code touched device memory: byte %td of %s", p - a->data, describe(*a));
     for (Shared *s : m.shared)
         if (p >= s->low - PAGE && p < s->high + PAGE)
-            fail("out of bounds: byte %td of shared %s, which has %zu", p - s->data, s->name, s->size);
+            fail("out of bounds: byte %td of shared %s, which has %zu", p - s->data, s->name,
+                 s->size);
     for (const Context &c : m.stacks)
         if (p >= (char *)c.stack - PAGE && p < (char *)c.stack) fail("a thread's stack overflowed");
 #ifdef __x86_64__
-    if (m.thread && info->si_code == SI_KERNEL) fail("a misaligned vector, or an address beyond any memory");
+    if (m.thread && info->si_code == SI_KERNEL)
+        fail("a misaligned vector, or an address beyond any memory");
 #endif
     if (m.thread && signal == SIGBUS) fail("a misaligned vector at %p", (void *)p);
     if (m.thread) fail("wild address %p", (void *)p);
-    sigaction(signal, &old_action[signal == SIGBUS], nullptr); // not ours: fault again, as without us
+    sigaction(signal, &old_action[signal == SIGBUS], nullptr); // not ours: fault again, without us
 }
 
 inline uint64_t setting(const char *name, uint64_t otherwise)
@@ -385,9 +395,10 @@ inline Start start;
 
 // ----------------------------------------------------------------------------------- coroutines
 
-// Saves the registers that a call must keep, and the stack pointer in *from; goes on where `to` stopped.
+// Pushes the registers that a call must keep, sets *from to the stack pointer, goes on where `to`
+// stopped.
 extern "C" void emu_switch(void **from, void *to);
-#if defined __linux__ && defined __x86_64__
+#if defined __linux__ && defined __x86_64__ && !defined EMU_UCONTEXT
 __asm__(".pushsection .text\n.weak emu_switch\n.type emu_switch,@function\nemu_switch:\n"
         "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
         "mov %rsp,(%rdi)\nmov %rsi,%rsp\n"
@@ -401,7 +412,7 @@ inline void *first_sp(char *top, void (*entry)())
     sp[6] = (void *)entry;
     return sp;
 }
-#elif defined __linux__ && defined __aarch64__
+#elif defined __linux__ && defined __aarch64__ && !defined EMU_UCONTEXT
 __asm__(".pushsection .text\n.weak emu_switch\n.type emu_switch,%function\nemu_switch:\n"
         "stp x29,x30,[sp,-160]!\nstp x19,x20,[sp,16]\nstp x21,x22,[sp,32]\nstp x23,x24,[sp,48]\n"
         "stp x25,x26,[sp,64]\nstp x27,x28,[sp,80]\nstp d8,d9,[sp,96]\nstp d10,d11,[sp,112]\n"
@@ -495,7 +506,8 @@ inline char *Shared::get() // the first thread of a block to come here makes it 
         memset(low, 0xff, room);
         m.shared.push_back(this);
         if (this != &m.dynamic && (m.static_shared += round_up(size, 16)) > STATIC_SHARED)
-            fail("%zu bytes of static shared memory; a block can have %zu", m.static_shared, STATIC_SHARED);
+            fail("%zu bytes of static shared memory; a block can have %zu", m.static_shared,
+                 STATIC_SHARED);
     }
     return data;
 }
@@ -505,7 +517,8 @@ inline void end_block()
     Count quiet(m.quiet);
     for (Shared *s : m.shared)
         if (const char *p = not_poison(s->data + s->size, s->high))
-            fail("out of bounds: byte %td was written of shared %s, which has %zu", p - s->data, s->name, s->size);
+            fail("out of bounds: byte %td was written of shared %s, which has %zu", p - s->data,
+                 s->name, s->size);
     m.shared.clear();
 }
 
@@ -528,7 +541,8 @@ inline bool begin_block() // false: there is none
     }
     for (unsigned w = 0; w < m.warp_count; w++) {
         m.warp[w].ready = m.warp[w].waiting = 0, m.warp[w].syncs = 1;
-        for (unsigned l = 0; l < 32 && w * 32 + l < m.threads; l++) m.warp[w].ready |= 1u << m.place_of[l];
+        for (unsigned l = 0; l < 32 && w * 32 + l < m.threads; l++)
+            m.warp[w].ready |= 1u << m.place_of[l];
     }
     for (unsigned t = 0; t < m.threads; t++) m.all[t].state = Thread::FRESH;
     m.warp_place = m.arrived = m.returned = 0;
@@ -554,15 +568,17 @@ inline const char *doing(const Thread &t)
         if (!missing) continue; // another lane of its mask has another mask, and waits
         unsigned l = (unsigned)__builtin_ctz(missing), other = t / 32 * 32 + l;
         m.thread = &m.all[t];
-        fail("%s at line %d waits for lanes 0x%08x of mask 0x%08x: lane %u %s", m.all[t].what, m.all[t].line,
-             missing, w.mask[t % 32], l, other < m.threads ? doing(m.all[other]) : "does not exist");
+        fail("%s at line %d waits for lanes 0x%08x of mask 0x%08x: lane %u %s", m.all[t].what,
+             m.all[t].line, missing, w.mask[t % 32], l,
+             other < m.threads ? doing(m.all[other]) : "does not exist");
     }
     const Thread *waits = nullptr, *gone = nullptr;
-    for (unsigned t = m.threads; t--;) (m.all[t].state == Thread::BARRIER ? waits : gone) = &m.all[t];
+    for (unsigned t = m.threads; t--;)
+        (m.all[t].state == Thread::BARRIER ? waits : gone) = &m.all[t];
     m.thread = nullptr;
-    fail("barrier not reached by all threads: %u of %u wait in %s at line %d, block (%u,%u,%u); thread "
-         "(%u,%u,%u) %s", m.arrived, m.threads, waits->what, waits->line, blockIdx.x, blockIdx.y, blockIdx.z,
-         gone->id.x, gone->id.y, gone->id.z, doing(*gone));
+    fail("barrier not reached by all threads: %u of %u wait in %s at line %d, block (%u,%u,%u); "
+         "thread (%u,%u,%u) %s", m.arrived, m.threads, waits->what, waits->line, blockIdx.x,
+         blockIdx.y, blockIdx.z, gone->id.x, gone->id.y, gone->id.z, doing(*gone));
 }
 
 inline Thread *pick() // the thread to run next, or null where the launch is over
@@ -583,7 +599,7 @@ inline Thread *pick() // the thread to run next, or null where the launch is ove
 
 inline void become(Thread *t) { m.thread = t, threadIdx = t->id; }
 
-// What a stack does for its whole life: runs fresh threads from beginning to end, one after the other.
+// What a stack does all its life: runs fresh threads from beginning to end, one after the other.
 inline void run_threads()
 {
     switched(m.idle.back());
@@ -617,7 +633,7 @@ inline Context *idle_stack()
         mprotect(low, STACK, PROT_READ | PROT_WRITE);
         c->stack = low;
         c->size = STACK;
-        // Not all from a page's top, or the stacks would compete for the same few lines of the cache.
+        // Not all from a page's top, or the stacks would compete for a few lines of the cache.
         c->sp = first_sp(low + STACK - m.stacks.size() % 61 * 192, run_threads);
         m.idle.push_back(c);
     }
@@ -675,10 +691,10 @@ inline void compare_written(const char *order)
             float x, y, before;
             memcpy(&x, now + i, 4), memcpy(&y, &w.after[i], 4), memcpy(&before, &w.before[i], 4);
             auto sum = m.float_sums.find(now + i);
-            if (sum != m.float_sums.end() && std::fabs(x - y) <= 1e-5 * (sum->second + std::fabs(before)))
-                continue; // what float atomics added to: equal but for rounding
-            fail("orders disagree, a barrier or an atomic is missing: %.9g forward and %.9g %s, as float, in byte "
-                 "%td of %s", y, x, order, now + i - w.of->data, describe(*w.of));
+            if (sum != m.float_sums.end() && // what float atomics added to: equal but for rounding
+                std::fabs(x - y) <= 1e-5 * (sum->second + std::fabs(before))) continue;
+            fail("orders disagree, a barrier or an atomic is missing: %.9g forward and %.9g %s, as "
+                 "float, in byte %td of %s", y, x, order, now + i - w.of->data, describe(*w.of));
         }
     }
 }
@@ -710,7 +726,9 @@ template <class T> void check_argument(int i, const T &value)
         auto p = pinned.upper_bound((const void *)value);
         bool host = p == pinned.begin() || (--p, (char *)value > (char *)p->first + p->second);
         if (const Allocation *a = find((const void *)value)) {
-            if (a->freed) fail("use after cudaFree: argument %d is byte %td of %s", i, (char *)value - a->data, describe(*a));
+            if (a->freed)
+                fail("use after cudaFree: argument %d is byte %td of %s", i,
+                     (char *)value - a->data, describe(*a));
         } else if (value && host && !std::is_function<typename std::remove_pointer<T>::type>::value)
             fail("argument %d is not device memory but a host pointer, %p", i, (const void *)value);
     } else (void)i, (void)value;
@@ -719,18 +737,22 @@ template <class T> void check_argument(int i, const T &value)
 inline bool launch_fits(dim3 g, dim3 b, size_t shared)
 {
     return g.x && g.y && g.z && b.x && b.y && b.z && g.x < 1u << 31 && g.y < 65536 && g.z < 65536 &&
-           b.x <= 1024 && b.y <= 1024 && b.z <= 64 && (uint64_t)b.x * b.y * b.z <= 1024 && shared <= MAX_SHARED;
+           b.x <= 1024 && b.y <= 1024 && b.z <= 64 && (uint64_t)b.x * b.y * b.z <= 1024 &&
+           shared <= MAX_SHARED;
 }
 
 template <class T> struct Same { typedef T type; };
 
 template <class... P>
-void launch(const char *name, const char *file, int line, void (*kernel)(P...), dim3 grid, dim3 block,
-            size_t shared, typename Same<P>::type... args)
+void launch(const char *name, const char *file, int line, void (*kernel)(P...), dim3 grid,
+            dim3 block, size_t shared, typename Same<P>::type... args)
 {
     if (!launch_fits(grid, block, shared)) { m.error = 9; return; } // cudaErrorInvalidConfiguration
-    auto limit = m.shared_limit.find((const void *)kernel); // 48 KiB, where cudaFuncSetAttribute did not raise it
-    if (shared > (limit == m.shared_limit.end() ? STATIC_SHARED : limit->second)) { m.error = 1; return; }
+    auto limit = m.shared_limit.find((const void *)kernel); // from cudaFuncSetAttribute
+    if (shared > (limit == m.shared_limit.end() ? STATIC_SHARED : limit->second)) {
+        m.error = 1; // cudaErrorInvalidValue
+        return;
+    }
     struct Call { void (*kernel)(P...); std::tuple<P...> args; } call = {kernel, {args...}};
     Open open;
     m.kernel = name, m.file = file, m.line = line;
@@ -742,7 +764,8 @@ void launch(const char *name, const char *file, int line, void (*kernel)(P...), 
     };
     unsigned threads = block.x * block.y * block.z;
     if (threads != m.threads || block.x != blockDim.x || block.y != blockDim.y)
-        for (unsigned t = 0; t < threads; t++) m.all[t].id = {t % block.x, t / block.x % block.y, t / block.x / block.y};
+        for (unsigned t = 0; t < threads; t++)
+            m.all[t].id = {t % block.x, t / block.x % block.y, t / block.x / block.y};
     gridDim = grid, blockDim = block;
     m.threads = threads, m.warp_count = (threads + 31) / 32;
     m.dynamic.name = "(dynamic)", m.dynamic.resize(shared);
@@ -758,10 +781,23 @@ template <class T> struct SharedOf : Shared { // a static one; T is the array's 
 
 // ------------------------------------------------------------- where the lanes of a warp meet
 
-enum Op { SHFL, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, SYNCWARP, MMA, LDMATRIX, LDMATRIX_T };
+enum Op {
+    SHFL,
+    SHFL_UP,
+    SHFL_DOWN,
+    SHFL_XOR,
+    BALLOT,
+    ANY,
+    ALL,
+    SYNCWARP,
+    MMA,
+    LDMATRIX,
+    LDMATRIX_T
+};
 inline const char *const op_name[] = {
-    "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync", "__any_sync",
-    "__all_sync", "__syncwarp", "mma_16x8x16", "ldmatrix", "ldmatrix_trans",
+    "__shfl_sync",   "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync",
+    "__ballot_sync", "__any_sync",     "__all_sync",       "__syncwarp",
+    "mma_16x8x16",   "ldmatrix",       "ldmatrix_trans",
 };
 
 inline float bf16_at(const unsigned *registers, int i) // two in each register
@@ -772,28 +808,28 @@ inline float bf16_at(const unsigned *registers, int i) // two in each register
     return f;
 }
 
-// D[16][8] += A[16][16] B[16][8]. With g = lane / 4 and q = lane % 4 a lane holds (PTX, mma.m16n8k16):
-// of A rows g (a0, a1, a4, a5) and g + 8, columns 2q, 2q + 1 (a0..a3) and 8 more; of B rows 2q, 2q + 1
-// and 8 more of column g; of D columns 2q, 2q + 1 of rows g and g + 8.
+// D[16][8] += A[16][16] B[16][8]. With g = lane / 4, q = lane % 4 a lane holds (PTX, mma.m16n8k16):
+// of A rows g (a0, a1, a4, a5) and g + 8, columns 2q, 2q + 1 (a0..a3) and 8 more; of B rows 2q,
+// 2q + 1 and 8 more of column g; of D columns 2q, 2q + 1 of rows g and g + 8.
 inline void run_mma(Warp &w)
 {
-    float a[16][16], b[8][16];
+    float a[16][16], b[16][8], ab[16][8] = {};
     for (int lane = 0; lane < 32; lane++) {
         int g = lane / 4, q = lane % 4;
-        for (int i = 0; i < 8; i++) a[g + i / 2 % 2 * 8][2 * q + i % 2 + i / 4 * 8] = bf16_at(w.a[lane], i);
-        for (int i = 0; i < 4; i++) b[g][2 * q + i % 2 + i / 2 * 8] = bf16_at(w.b[lane], i);
+        for (int i = 0; i < 8; i++)
+            a[g + i / 2 % 2 * 8][2 * q + i % 2 + i / 4 * 8] = bf16_at(w.a[lane], i);
+        for (int i = 0; i < 4; i++) b[2 * q + i % 2 + i / 2 * 8][g] = bf16_at(w.b[lane], i);
     }
+    for (int i = 0; i < 16; i++)
+        for (int k = 0; k < 16; k++)
+            for (int j = 0; j < 8; j++) ab[i][j] += a[i][k] * b[k][j];
     for (int lane = 0; lane < 32; lane++)
-        for (int i = 0; i < 4; i++) {
-            const float *x = a[lane / 4 + i / 2 * 8], *y = b[lane % 4 * 2 + i % 2];
-            float s = 0;
-            for (int k = 0; k < 16; k++) s += x[k] * y[k];
-            w.d[lane][i] += s;
-        }
+        for (int i = 0; i < 4; i++)
+            w.d[lane][i] += ab[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
-// n matrices of 8 rows of 8 bf16; lane 8 i + j names row j of matrix i. A lane gets elements 2q, 2q + 1 of
-// row g of each; transposed, of column g.
+// n matrices of 8 rows of 8 bf16; lane 8 i + j names row j of matrix i. A lane gets elements 2q and
+// 2q + 1 of row g of each; transposed, of column g.
 inline void run_ldmatrix(Warp &w, int n, bool transposed)
 {
     for (int lane = 0; lane < 32; lane++)
@@ -801,7 +837,8 @@ inline void run_ldmatrix(Warp &w, int n, bool transposed)
             int g = lane / 4, q = lane % 4;
             const uint16_t *r0 = (const uint16_t *)w.b[8 * i + (transposed ? 2 * q : g)];
             const uint16_t *r1 = (const uint16_t *)w.b[8 * i + (transposed ? 2 * q + 1 : g)];
-            w.a[lane][i] = transposed ? r0[g] | (unsigned)r1[g] << 16 : r0[2 * q] | (unsigned)r1[2 * q + 1] << 16;
+            w.a[lane][i] = r0[transposed ? g : 2 * q] | (unsigned)r1[transposed ? g : 2 * q + 1]
+                                                            << 16;
         }
 }
 
@@ -826,20 +863,24 @@ inline void run_op(Warp &w, Op op, unsigned mask)
         if (op == SHFL_XOR && (lane ^ arg) < first + n) from = lane ^ arg;
         if (op > SHFL_XOR) continue;
         if (!(mask >> from & 1))
-            fail("%s: lane %d reads lane %d, which is not in mask 0x%08x", op_name[op], lane, from, mask);
+            fail("%s: lane %d reads lane %d, which is not in mask 0x%08x", op_name[op], lane, from,
+                 mask);
         w.result[lane] = w.value[from];
     }
 }
 
 // A lane comes to op with what it brings; the last lane of the mask does the work for all.
-inline uint64_t meet(Op op, unsigned mask, int line, uint64_t value = 0, int argument = 0, int width = 32,
-                     float *d = nullptr, unsigned *a = nullptr, const void *b = nullptr)
+inline uint64_t meet(Op op, unsigned mask, int line, uint64_t value = 0, int argument = 0,
+                     int width = 32, float *d = nullptr, unsigned *a = nullptr,
+                     const void *b = nullptr)
 {
     if (!m.thread) fail("%s at line %d outside a kernel", op_name[op], line);
     unsigned t = (unsigned)(m.thread - m.all), lane = t % 32;
     Warp &w = m.warp[t / 32];
-    if (!(mask >> lane & 1)) fail("%s at line %d: lane %u is not in its own mask 0x%08x", op_name[op], line, lane, mask);
-    if (width < 1 || width > 32 || width & (width - 1)) fail("%s at line %d: width %d", op_name[op], line, width);
+    if (!(mask >> lane & 1))
+        fail("%s at line %d: lane %u is not in its own mask 0x%08x", op_name[op], line, lane, mask);
+    if (width < 1 || width > 32 || width & (width - 1))
+        fail("%s at line %d: width %d", op_name[op], line, width);
     w.waiting |= 1u << lane;
     w.mask[lane] = mask;
     w.value[lane] = value, w.argument[lane] = argument, w.width[lane] = width;
@@ -848,12 +889,13 @@ inline uint64_t meet(Op op, unsigned mask, int line, uint64_t value = 0, int arg
         for (unsigned l = 0, rest = mask; rest; rest &= rest - 1) {
             const Thread &other = m.all[t / 32 * 32 + (l = (unsigned)__builtin_ctz(rest))];
             if (l != lane && (w.mask[l] != mask || other.what != op_name[op] || other.line != line))
-                fail("%s at line %d, mask 0x%08x, but lane %u %s, mask 0x%08x", op_name[op], line, mask, l,
-                     doing(other), w.mask[l]);
+                fail("%s at line %d, mask 0x%08x, but lane %u %s, mask 0x%08x", op_name[op], line,
+                     mask, l, doing(other), w.mask[l]);
         }
         run_op(w, op, mask);
         w.waiting &= ~mask;
-        for (unsigned rest = mask; rest; rest &= rest - 1) w.ready |= 1u << m.place_of[__builtin_ctz(rest)];
+        for (unsigned rest = mask; rest; rest &= rest - 1)
+            w.ready |= 1u << m.place_of[__builtin_ctz(rest)];
     }
     wait(Thread::WARP, op_name[op], line);
     return w.result[lane];
@@ -861,7 +903,7 @@ inline uint64_t meet(Op op, unsigned mask, int line, uint64_t value = 0, int arg
 
 template <class T> T shuffle(Op op, unsigned mask, T v, int argument, int width, int line)
 {
-    static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "a shuffle moves 8 bytes at most");
+    static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "8 bytes at most");
     uint64_t bits = 0;
     memcpy(&bits, &v, sizeof v);
     bits = meet(op, mask, line, bits, argument, width);
@@ -911,14 +953,18 @@ inline int __syncthreads_count(int p, EMU_HERE)
 {
     return emu::barrier("__syncthreads_count", line, p);
 }
-inline int __syncthreads_or(int p, EMU_HERE) { return emu::barrier("__syncthreads_or", line, p) > 0; }
+inline int __syncthreads_or(int p, EMU_HERE)
+{
+    return emu::barrier("__syncthreads_or", line, p) > 0;
+}
 inline int __syncthreads_and(int p, EMU_HERE)
 {
     return emu::barrier("__syncthreads_and", line, p) == (int)emu::m.threads;
 }
 inline void __syncwarp(unsigned mask = ~0u, EMU_HERE) { emu::meet(emu::SYNCWARP, mask, line); }
 #define EMU_VOTE(type, name, op) \
-    inline type name(unsigned mask, int p, EMU_HERE) { return (type)emu::meet(emu::op, mask, line, p != 0); }
+    inline type name(unsigned mask, int p, EMU_HERE) \
+    { return (type)emu::meet(emu::op, mask, line, p != 0); }
 EMU_VOTE(unsigned, __ballot_sync, BALLOT)
 EMU_VOTE(int, __any_sync, ANY)
 EMU_VOTE(int, __all_sync, ALL)
@@ -947,14 +993,16 @@ EMU_LDMATRIX(ldmatrix_x4, 4, LDMATRIX)
 EMU_LDMATRIX(ldmatrix_x2_trans, 2, LDMATRIX_T)
 EMU_LDMATRIX(ldmatrix_x4_trans, 4, LDMATRIX_T)
 
-// The hardware may copy at any time until the wait. Forwards the copy is made as late as can be, else at
-// once: what is right in both does not depend on when.
+// The hardware may copy at any time until the wait. Running forward the copy is made as late as can
+// be, else at once: what is right in both does not depend on when.
 inline void cp_async_16(void *shared, const void *global, bool valid, EMU_HERE)
 {
     emu::Thread *t = emu::m.thread;
     emu::need_shared("cp_async_16", shared, line);
-    if ((uintptr_t)global % 16) emu::fail("cp_async_16 at line %d: address %p is not a multiple of 16", line, global);
-    if (emu::m.now == emu::Machine::FORWARD) t->copies.push_back({shared, global, valid, t->copy_group});
+    if ((uintptr_t)global % 16)
+        emu::fail("cp_async_16 at line %d: address %p is not a multiple of 16", line, global);
+    if (emu::m.now == emu::Machine::FORWARD)
+        t->copies.push_back({shared, global, valid, t->copy_group});
     else emu::do_copy({shared, global, valid, 0});
 }
 inline void cp_async_commit() { emu::m.thread->copy_group++; }
@@ -968,402 +1016,7 @@ template <int N> void cp_async_wait() // until all but the last N groups are her
     t->copies.swap(later);
 }
 
-// ----------------------------------------------------------------------------- atomics and maths
-
-#define EMU_ATOMIC(name, expression) \
-    template <class T> T name(T *p, typename emu::Same<T>::type v) \
-    { emu::Count atomic(emu::m.atomic); T old = *p; *p = (T)(expression); return old; }
-EMU_ATOMIC(atomicSub, old - v)
-EMU_ATOMIC(atomicExch, v)
-EMU_ATOMIC(atomicMax, old > v ? old : v)
-EMU_ATOMIC(atomicMin, old < v ? old : v)
-EMU_ATOMIC(atomicAnd, old & v)
-EMU_ATOMIC(atomicOr, old | v)
-EMU_ATOMIC(atomicXor, old ^ v)
-EMU_ATOMIC(atomicInc, old >= v ? 0 : old + 1)
-template <class T> T atomicAdd(T *p, typename emu::Same<T>::type v)
-{
-    emu::Count atomic(emu::m.atomic);
-    if (std::is_same<T, float>::value && emu::m.order == emu::Machine::AGREE)
-        emu::m.float_sums[p] += std::fabs((double)v);
-    T old = *p;
-    *p = (T)(old + v);
-    return old;
-}
-template <class T> T atomicCAS(T *p, typename emu::Same<T>::type expected, typename emu::Same<T>::type v)
-{
-    emu::Count atomic(emu::m.atomic);
-    T old = *p;
-    if (old == expected) *p = v;
-    return old;
-}
-
-template <class To, class From> To emu_bits(From v) { To t; static_assert(sizeof t == sizeof v, ""); memcpy(&t, &v, sizeof t); return t; }
-inline unsigned __float_as_uint(float f) { return emu_bits<unsigned>(f); }
-inline int __float_as_int(float f) { return emu_bits<int>(f); }
-inline float __uint_as_float(unsigned u) { return emu_bits<float>(u); }
-inline float __int_as_float(int i) { return emu_bits<float>(i); }
-inline int __popc(unsigned u) { return __builtin_popcount(u); }
-inline int __ffs(int u) { return __builtin_ffs(u); }
-inline int __clz(int u) { return u ? __builtin_clz((unsigned)u) : 32; }
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-#define __expf(x) expf(x) // macros: the C library has functions of these names
-#define __logf(x) logf(x)
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
-inline float __fmul_rn(float x, float y) { return x * y; }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-[[noreturn]] inline void __trap() { emu::fail("__trap"); }
-#define EMU_MIN_MAX(type) \
-    inline type min(type a, type b) { return a < b ? a : b; } \
-    inline type max(type a, type b) { return a > b ? a : b; }
-EMU_MIN_MAX(int)
-EMU_MIN_MAX(unsigned)
-EMU_MIN_MAX(long)
-EMU_MIN_MAX(unsigned long)
-EMU_MIN_MAX(long long)
-EMU_MIN_MAX(unsigned long long)
-EMU_MIN_MAX(float)
-EMU_MIN_MAX(double)
-template <class T> T __ldg(const T *p) { return *p; }
-template <class T> T __ldcs(const T *p) { return *p; }
-template <class T> T __ldcg(const T *p) { return *p; }
-template <class T> void __stcs(T *p, typename emu::Same<T>::type v) { *p = v; }
-template <class T> void __stcg(T *p, typename emu::Same<T>::type v) { *p = v; }
-
-// ------------------------------------------------------------------------------------- bfloat16
-
-// The upper half of a float, rounded to the nearest, ties to even; every NaN becomes 0x7fff, as on a GPU.
-struct __nv_bfloat16 {
-    unsigned short __x;
-    __nv_bfloat16() = default;
-    __nv_bfloat16(float f)
-    {
-        unsigned u = emu_bits<unsigned>(f);
-        __x = (u & 0x7fffffff) > 0x7f800000 ? 0x7fff : (unsigned short)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-    }
-    operator float() const { return emu_bits<float>((unsigned)__x << 16); }
-};
-struct alignas(4) __nv_bfloat162 {
-    __nv_bfloat16 x, y;
-};
-typedef __nv_bfloat16 nv_bfloat16;
-typedef __nv_bfloat162 nv_bfloat162;
-#define EMU_BF16_OPERATOR(op, function) \
-    inline __nv_bfloat16 operator op(__nv_bfloat16 a, __nv_bfloat16 b) { return (float)a op (float)b; } \
-    inline __nv_bfloat16 function(__nv_bfloat16 a, __nv_bfloat16 b) { return a op b; } \
-    inline __nv_bfloat162 function##2(__nv_bfloat162 a, __nv_bfloat162 b) { return {a.x op b.x, a.y op b.y}; }
-EMU_BF16_OPERATOR(+, __hadd)
-EMU_BF16_OPERATOR(-, __hsub)
-EMU_BF16_OPERATOR(*, __hmul)
-inline float __bfloat162float(__nv_bfloat16 b) { return b; }
-inline __nv_bfloat16 __float2bfloat16(float f) { return f; }
-inline __nv_bfloat16 __float2bfloat16_rn(float f) { return f; }
-inline float __low2float(__nv_bfloat162 v) { return v.x; }
-inline float __high2float(__nv_bfloat162 v) { return v.y; }
-inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 v) { return v.x; }
-inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 v) { return v.y; }
-inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {v.x, v.y}; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
-inline __nv_bfloat162 __float22bfloat162_rn(float2 f) { return {f.x, f.y}; }
-inline __nv_bfloat162 __float2bfloat162_rn(float f) { return {f, f}; }
-inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
-inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 x) { return {x, x}; }
-inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) { return b.__x; }
-inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u) { return emu_bits<__nv_bfloat16>(u); }
-
-// ------------------------------------------------------------------------------ the runtime's API
-
-enum cudaError_t {
-    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
-    cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
-    cudaErrorNoKernelImageForDevice = 209,
-};
-enum cudaMemcpyKind {
-    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault,
-};
-enum cudaFuncAttribute {
-    cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9,
-};
-enum { cudaStreamDefault, cudaStreamNonBlocking, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
-enum cudaDeviceAttr {
-    cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrWarpSize = 10, cudaDevAttrMultiProcessorCount = 16,
-    cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-};
-struct CUstream_st { int unused; };
-struct CUevent_st { timespec time; };
-typedef CUstream_st *cudaStream_t;
-typedef CUevent_st *cudaEvent_t;
-struct cudaDeviceProp {
-    char name[256];
-    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
-    int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor;
-    int regsPerBlock, regsPerMultiprocessor, l2CacheSize, memoryBusWidth;
-};
-#define CUDART_VERSION 12000
-
-inline const char *cudaGetErrorString(cudaError_t e)
-{
-    switch (e) { // the runtime's own words
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
-    case cudaErrorNoDevice: return "no CUDA-capable device is detected";
-    case cudaErrorInvalidDevice: return "invalid device ordinal";
-    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
-    }
-    return "unrecognized error code";
-}
-inline cudaError_t emu_return(cudaError_t e) { if (e) emu::m.error = e; return e; }
-inline cudaError_t cudaPeekAtLastError() { return (cudaError_t)emu::m.error; }
-inline cudaError_t cudaGetLastError() { cudaError_t e = (cudaError_t)emu::m.error; emu::m.error = 0; return e; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-inline cudaError_t cudaDriverGetVersion(int *v) { *v = (int)emu::setting("EMU_DRIVER", CUDART_VERSION); return cudaSuccess; }
-inline cudaError_t cudaRuntimeGetVersion(int *v) { *v = CUDART_VERSION; return cudaSuccess; }
-inline cudaError_t cudaGetDeviceCount(int *n)
-{
-    int driver;
-    cudaDriverGetVersion(&driver);
-    *n = 0;
-    if (driver < CUDART_VERSION / 1000 * 1000) return emu_return(cudaErrorInsufficientDriver);
-    *n = (int)emu::setting("EMU_DEVICES", 1);
-    return *n ? cudaSuccess : emu_return(cudaErrorNoDevice);
-}
-inline cudaError_t cudaSetDevice(int i) { int n; cudaError_t e = cudaGetDeviceCount(&n); return e ? e : i < 0 || i >= n ? emu_return(cudaErrorInvalidDevice) : e; }
-inline cudaError_t cudaGetDevice(int *i) { *i = 0; return cudaSuccess; }
-inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int i)
-{
-    cudaError_t e = cudaSetDevice(i);
-    if (e) return e;
-    int cc = (int)emu::setting("EMU_CC", 90);
-    *p = {"CPU (cuda_on_cpu.h)", emu::m.limit, emu::STATIC_SHARED, emu::MAX_SHARED, 228 << 10, cc / 10, cc % 10, 3, 32,
-          1024, 2048, 65536, 65536, 1 << 20, 64};
-    return cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int device)
-{
-    cudaDeviceProp p;
-    cudaError_t e = cudaGetDeviceProperties(&p, device);
-    if (e) return e;
-    switch (what) {
-    case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
-    case cudaDevAttrWarpSize: *value = p.warpSize; break;
-    case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)p.sharedMemPerBlockOptin; break;
-    }
-    return cudaSuccess;
-}
-inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) { *total = emu::m.limit, *free_bytes = emu::m.limit - emu::m.used; return cudaSuccess; }
-
-template <class T> cudaError_t cudaMalloc(T **p, size_t size, EMU_HERE)
-{
-    using namespace emu;
-    *p = nullptr;
-    if (!size) return cudaSuccess;
-    if (size > m.limit - m.used) return emu_return(cudaErrorMemoryAllocation);
-    size_t pages = round_up(size, PAGE);
-    char *low = map_pages(pages + 2 * PAGE) + PAGE;
-    Allocation a;
-    a.low = low, a.high = low + pages, a.data = a.high - round_up(size, 16);
-    a.size = size, a.number = ++m.numbers, a.line = line;
-    a.granule.assign(round_up(pages, GRANULE) / GRANULE, CLOSED);
-    mprotect(low, pages, PROT_READ | PROT_WRITE);
-    memset(low, 0xff, pages);
-    mprotect(low, pages, PROT_NONE);
-    m.allocations[(uintptr_t)a.high + PAGE] = a;
-    m.used += size;
-    *p = (T *)a.data;
-    return cudaSuccess;
-}
-inline cudaError_t cudaFree(void *p)
-{
-    using namespace emu;
-    if (!p) return cudaSuccess;
-    Allocation *a = find(p);
-    if (!a || a->freed || a->data != p) fail("cudaFree of %p, which cudaMalloc did not give, or twice", p);
-    a->freed = true;
-    m.used -= a->size;
-    mmap(a->low, a->high - a->low, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-    return cudaSuccess;
-}
-template <class T> cudaError_t cudaMallocHost(T **p, size_t size)
-{
-    *p = (T *)malloc(size ? size : 1);
-    emu::pinned[*p] = size;
-    return *p ? cudaSuccess : emu_return(cudaErrorMemoryAllocation);
-}
-inline cudaError_t cudaFreeHost(void *p) { emu::pinned.erase(p); free(p); return cudaSuccess; }
-
-inline void emu_need_range(const char *what, const void *p, size_t size, bool device)
-{
-    emu::Allocation *a = emu::find(p);
-    if (device && !a) emu::fail("%s: %p is not device memory", what, p);
-    if (!device && a) emu::fail("%s: %p is device memory, %s", what, p, emu::describe(*a));
-    if (a && (a->freed || (char *)p < a->data || (char *)p + size > a->data + a->size))
-        emu::fail("%s: %zu bytes from byte %td of %s%s", what, size, (char *)p - a->data, a->freed ? "freed " : "", emu::describe(*a));
-}
-inline cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind kind)
-{
-    if (!size) return cudaSuccess;
-    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
-    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-    if (kind == cudaMemcpyDefault) to_device = emu::find(to), from_device = emu::find(from);
-    emu_need_range("cudaMemcpy to", to, size, to_device);
-    emu_need_range("cudaMemcpy from", from, size, from_device);
-    emu::Open open;
-    memmove(to, from, size);
-    return cudaSuccess;
-}
-inline cudaError_t cudaMemset(void *p, int value, size_t size)
-{
-    if (!size) return cudaSuccess;
-    emu_need_range("cudaMemset", p, size, true);
-    emu::Open open;
-    memset(p, value, size);
-    return cudaSuccess;
-}
-inline cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
-                                       size_t height, cudaMemcpyKind kind)
-{
-    if (width > to_pitch || width > from_pitch) return emu_return(cudaErrorInvalidValue);
-    emu::Open open; // all rows at once
-    for (size_t i = 0; i < height; i++)
-        cudaMemcpy((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width, kind);
-    return cudaSuccess;
-}
-inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
-                                            size_t height, cudaMemcpyKind kind, cudaStream_t = nullptr)
-{
-    return cudaMemcpy2D(to, to_pitch, from, from_pitch, width, height, kind);
-}
-inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind, cudaStream_t = nullptr) { return cudaMemcpy(to, from, size, kind); }
-inline cudaError_t cudaMemsetAsync(void *p, int value, size_t size, cudaStream_t = nullptr) { return cudaMemset(p, value, size); }
-template <class F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute what, int value)
-{
-    if (value < 0 || (size_t)value > emu::MAX_SHARED) return emu_return(cudaErrorInvalidValue);
-    if (what == cudaFuncAttributeMaxDynamicSharedMemorySize) emu::m.shared_limit[(const void *)kernel] = (size_t)value;
-    return cudaSuccess;
-}
-template <class F> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, F *, int threads, size_t shared)
-{
-    int by_threads = 2048 / (threads > 0 ? threads : 1), by_shared = (int)((228 << 10) / (shared + 1024));
-    *n = by_threads < by_shared ? by_threads : by_shared;
-    return cudaSuccess;
-}
-inline cudaError_t cudaStreamCreate(cudaStream_t *s) { *s = new CUstream_st(); return cudaSuccess; }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { return cudaStreamCreate(s); }
-inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
-inline cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = new CUevent_st(); return cudaSuccess; }
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return cudaEventCreate(e); }
-inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t = nullptr) { clock_gettime(CLOCK_MONOTONIC, &e->time); return cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b)
-{
-    *ms = (float)((double)(b->time.tv_sec - a->time.tv_sec) * 1e3 + (double)(b->time.tv_nsec - a->time.tv_nsec) * 1e-6);
-    return cudaSuccess;
-}
-
-// --------------------------------------------------------------------------------------- cuBLAS
-
-enum cublasStatus_t { CUBLAS_STATUS_SUCCESS, CUBLAS_STATUS_NOT_INITIALIZED, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15 };
-enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_OP_C };
-enum cublasMath_t { CUBLAS_DEFAULT_MATH, CUBLAS_TENSOR_OP_MATH, CUBLAS_PEDANTIC_MATH, CUBLAS_TF32_TENSOR_OP_MATH };
-enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_PEDANTIC = 69, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 };
-enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT = -1, CUBLAS_GEMM_DEFAULT_TENSOR_OP = 99 };
-enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_16BF = 14 };
-typedef cudaDataType_t cudaDataType;
-struct cublasContext { int unused; };
-typedef cublasContext *cublasHandle_t;
-
-inline const char *cublasGetStatusString(cublasStatus_t s)
-{
-    return s == CUBLAS_STATUS_SUCCESS ? "CUBLAS_STATUS_SUCCESS" : s == CUBLAS_STATUS_INVALID_VALUE ? "CUBLAS_STATUS_INVALID_VALUE"
-         : s == CUBLAS_STATUS_NOT_SUPPORTED ? "CUBLAS_STATUS_NOT_SUPPORTED" : "CUBLAS_STATUS_NOT_INITIALIZED";
-}
-inline cublasStatus_t cublasCreate(cublasHandle_t *h) { *h = new cublasContext(); return CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasDestroy(cublasHandle_t h) { delete h; return CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) { return CUBLAS_STATUS_SUCCESS; }
-
-namespace emu {
-inline float load(const void *p, cudaDataType_t type, size_t i)
-{
-    return type == CUDA_R_32F ? ((const float *)p)[i] : (float)((const __nv_bfloat16 *)p)[i];
-}
-
-// C[n][m] = alpha op(B)[n][k] op(A)[k][m] + beta C, rows contiguous, which cuBLAS calls columns.
-inline void gemm(bool ta, bool tb, size_t m, size_t n, size_t k, float alpha, const void *A, cudaDataType_t a_type,
-                 size_t lda, const void *B, cudaDataType_t b_type, size_t ldb, float beta, void *C,
-                 cudaDataType_t c_type, size_t ldc)
-{
-    constexpr size_t M = 16, N = 4; // a tile of C in registers; A and B are copied in its order, padded by 0
-    std::vector<float> a(round_up(m, M) * k), b(round_up(n, N) * k);
-    for (size_t i = 0; i < m; i++)
-        for (size_t p = 0; p < k; p++) a[(i / M * k + p) * M + i % M] = load(A, a_type, ta ? i * lda + p : p * lda + i);
-    for (size_t j = 0; j < n; j++)
-        for (size_t p = 0; p < k; p++) b[(j / N * k + p) * N + j % N] = load(B, b_type, tb ? p * ldb + j : j * ldb + p);
-    for (size_t j = 0; j < n; j += N)
-        for (size_t i = 0; i < m; i += M) {
-            float sum[N][M] = {};
-            const float *x = a.data() + i * k, *y = b.data() + j * k;
-            for (size_t p = 0; p < k; p++, x += M, y += N)
-                for (size_t s = 0; s < N; s++)
-                    for (size_t t = 0; t < M; t++) sum[s][t] += x[t] * y[s];
-            for (size_t s = 0; s < N && j + s < n; s++)
-                for (size_t t = 0; t < M && i + t < m; t++) {
-                    size_t at = (j + s) * ldc + i + t;
-                    float v = alpha * sum[s][t] + (beta != 0 ? beta * load(C, c_type, at) : 0);
-                    if (c_type == CUDA_R_32F) ((float *)C)[at] = v;
-                    else ((__nv_bfloat16 *)C)[at] = v;
-                }
-        }
-}
-} // namespace emu
-
-inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m,
-    int n, int k, const void *alpha, const void *A, cudaDataType_t a_type, int lda, long long a_stride, const void *B,
-    cudaDataType_t b_type, int ldb, long long b_stride, const void *beta, void *C, cudaDataType_t c_type, int ldc,
-    long long c_stride, int batch, cublasComputeType_t compute, cublasGemmAlgo_t)
-{
-    if (!h) return CUBLAS_STATUS_NOT_INITIALIZED;
-    bool known = (a_type == CUDA_R_32F || a_type == CUDA_R_16BF) && a_type == b_type &&
-                 (c_type == CUDA_R_32F || c_type == a_type) &&
-                 (compute == CUBLAS_COMPUTE_32F || compute == CUBLAS_COMPUTE_32F_PEDANTIC || compute == CUBLAS_COMPUTE_32F_FAST_TF32);
-    if (!known) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (m < 0 || n < 0 || k < 0 || batch < 0 || lda < (ta ? k : m) || lda < 1 || ldb < (tb ? n : k) || ldb < 1 || ldc < m || ldc < 1)
-        return CUBLAS_STATUS_INVALID_VALUE;
-    emu::Open open;
-    char text[96];
-    snprintf(text, sizeof text, "cublasGemm of m %d, n %d, k %d, batch %d", m, n, k, batch);
-    emu::m.kernel = text, emu::m.line = 0;
-    for (int i = 0; i < batch; i++)
-        emu::gemm(ta, tb, (size_t)m, (size_t)n, (size_t)k, *(const float *)alpha,
-                  (const char *)A + i * a_stride * (a_type == CUDA_R_32F ? 4 : 2), a_type, (size_t)lda,
-                  (const char *)B + i * b_stride * (b_type == CUDA_R_32F ? 4 : 2), b_type, (size_t)ldb, *(const float *)beta,
-                  (char *)C + i * c_stride * (c_type == CUDA_R_32F ? 4 : 2), c_type, (size_t)ldc);
-    return CUBLAS_STATUS_SUCCESS;
-}
-inline cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
-    const void *alpha, const void *A, cudaDataType_t a_type, int lda, const void *B, cudaDataType_t b_type, int ldb,
-    const void *beta, void *C, cudaDataType_t c_type, int ldc, cublasComputeType_t compute, cublasGemmAlgo_t algo)
-{
-    return cublasGemmStridedBatchedEx(h, ta, tb, m, n, k, alpha, A, a_type, lda, 0, B, b_type, ldb, 0, beta, C, c_type, ldc,
-                                      0, 1, compute, algo);
-}
-
+#include "cuda_names.h"
 #ifdef __SANITIZE_THREAD__
 #include "cuda_race.h"
 #endif

@@ -1,6 +1,6 @@
 /*
-test_cuda_on_cpu.cpp: what cuda_on_cpu.h promises. What CUDA does is done; and of each kind of bug it
-says it catches, one is planted and must be caught, in one line and with exit status 1.
+test_cuda_on_cpu.cpp: what cuda_on_cpu.h promises. What CUDA does is done; and of each kind of bug
+it says it catches, one is planted and must be caught, in one line and with exit status 1.
 
     g++ -std=c++17 -O2 -Wall -Wextra -I.ci .ci/test_cuda_on_cpu.cpp -o test_cuda_on_cpu
 */
@@ -39,10 +39,13 @@ template <class F> void caught(const char *what, std::vector<const char *> words
 #ifndef __SANITIZE_ADDRESS__ // which has something to say before
     line = text;
 #endif
-    bool good = WIFEXITED(status) && WEXITSTATUS(status) == 1 && n && line && strchr(line, '\n') == text + n - 1;
+    bool good = WIFEXITED(status) && WEXITSTATUS(status) == 1 && n && line &&
+                strchr(line, '\n') == text + n - 1;
     for (const char *w : words) good = good && strstr(text, w);
     check(good, what);
-    if (!good) printf("  status 0x%x, said: %s%s", (unsigned)status, text, n && text[n - 1] == '\n' ? "" : "\n");
+    if (!good)
+        printf("  status 0x%x, said: %s%s", (unsigned)status, text,
+               n && text[n - 1] == '\n' ? "" : "\n");
     if (good && getenv("VERBOSE")) printf("%-44s %s", what, text);
 }
 
@@ -74,7 +77,7 @@ static std::vector<float> random_floats(size_t n)
     return v;
 }
 
-// --------------------------------------------------------------------------- what CUDA does is done
+// ------------------------------------------------------------------------ what CUDA does is done
 
 static __global__ void where_am_i(int *out)
 {
@@ -82,8 +85,9 @@ static __global__ void where_am_i(int *out)
     int thread = (int)((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x);
     int threads = (int)(blockDim.x * blockDim.y * blockDim.z);
     __syncthreads(); // and they are the same after it
-    out[block * threads + thread] = (int)(threadIdx.x + 10 * threadIdx.y + 100 * threadIdx.z + 1000 * blockIdx.x +
-                                          10000 * blockIdx.y + 100000 * blockIdx.z);
+    out[block * threads + thread] =
+        (int)(threadIdx.x + 10 * threadIdx.y + 100 * threadIdx.z + 1000 * blockIdx.x +
+              10000 * blockIdx.y + 100000 * blockIdx.z);
 }
 
 static void test_indices()
@@ -94,7 +98,8 @@ static void test_indices()
     bool good = true;
     for (int i = 0; i < (int)v.size(); i++) {
         int t = i % 210, b = i / 210;
-        good &= v[i] == t % 5 + t / 5 % 6 * 10 + t / 30 * 100 + b % 2 * 1000 + b / 2 % 3 * 10000 + b / 6 * 100000;
+        good &= v[i] == t % 5 + t / 5 % 6 * 10 + t / 30 * 100 + b % 2 * 1000 + b / 2 % 3 * 10000 +
+                            b / 6 * 100000;
     }
     check(good, "indices of a grid and a block of three dimensions");
 }
@@ -127,7 +132,11 @@ static void test_shuffles()
     check(good, "shuffles of every width and distance");
 }
 
-struct Votes { unsigned ballot, half, width8; int any, none, all, mixed, any_block, all_block, count; double moved; };
+struct Votes {
+    unsigned ballot, half, width8;
+    int any, none, all, mixed, any_block, all_block, count;
+    double moved;
+};
 
 static __global__ void votes(Votes *out)
 {
@@ -158,8 +167,10 @@ static void test_votes()
     for (unsigned t = 0; t < 64; t++) {
         unsigned lane = t % 32;
         good &= v[t].ballot == 0x49249249 && v[t].half == (lane < 16 ? 0xffffu : 0xffff0000u);
-        good &= v[t].width8 == (lane < 16 ? t / 8 * 8 + 3 : 0) && v[t].any == (t >= 32) && !v[t].none;
-        good &= v[t].all == 1 && !v[t].mixed && v[t].any_block && !v[t].all_block && v[t].count == 13;
+        good &=
+            v[t].width8 == (lane < 16 ? t / 8 * 8 + 3 : 0) && v[t].any == (t >= 32) && !v[t].none;
+        good &=
+            v[t].all == 1 && !v[t].mixed && v[t].any_block && !v[t].all_block && v[t].count == 13;
         good &= v[t].moved == (lane == 31 ? t : t + 1) + 0.5;
     }
     check(good, "votes of lanes and of a block");
@@ -167,8 +178,10 @@ static void test_votes()
 
 static __global__ void atomics(unsigned *u, int *i, float *f, unsigned long long *l)
 {
-    atomicAdd(u, 2u), atomicMax(u + 1, threadIdx.x), atomicOr(u + 2, 1u << threadIdx.x % 32), atomicInc(u + 3, 9);
-    atomicAdd(i, -1), atomicMin(i + 1, -(int)threadIdx.x), atomicSub(i + 2, 3), atomicAdd(f, 0.5f), atomicAdd(l, 1ull << 32);
+    atomicAdd(u, 2u), atomicMax(u + 1, threadIdx.x), atomicOr(u + 2, 1u << threadIdx.x % 32),
+        atomicInc(u + 3, 9);
+    atomicAdd(i, -1), atomicMin(i + 1, -(int)threadIdx.x), atomicSub(i + 2, 3), atomicAdd(f, 0.5f),
+        atomicAdd(l, 1ull << 32);
     for (int old = atomicAdd(i + 3, 0), seen; ; old = seen) // max by compare and swap
         if ((seen = atomicCAS(i + 3, old, max(old, (int)threadIdx.x))) == old) break;
 }
@@ -180,11 +193,13 @@ static void test_atomics()
     float *f = device(std::vector<float>(1));
     unsigned long long *l = device(std::vector<unsigned long long>(1));
     LAUNCH(atomics, 3, 100, 0, u, i, f, l);
-    check(host(u, 4) == std::vector<unsigned>({600, 99, ~0u, 0}) && host(i, 4) == std::vector<int>({-300, -99, -900, 99}) &&
-          host(f, 1)[0] == 150 && host(l, 1)[0] == 300ull << 32, "atomics");
+    check(host(u, 4) == std::vector<unsigned>({600, 99, ~0u, 0}) &&
+              host(i, 4) == std::vector<int>({-300, -99, -900, 99}) && host(f, 1)[0] == 150 &&
+              host(l, 1)[0] == 300ull << 32,
+          "atomics");
 }
 
-// out[block] = sum of x, by shuffles, shared memory and a barrier; no size is a multiple of anything.
+// out[block] = sum of x, by shuffles, shared memory and a barrier.
 static __global__ void block_sum(float *out, const float *x, int n)
 {
     SHARED(float, part, [32]);
@@ -201,7 +216,9 @@ static __global__ void block_sum(float *out, const float *x, int n)
 
 static __global__ void add_all(float *sum, const float *x, int n)
 {
-    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += (int)(gridDim.x * blockDim.x)) atomicAdd(sum, x[i]);
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n;
+         i += (int)(gridDim.x * blockDim.x))
+        atomicAdd(sum, x[i]);
 }
 
 static void test_orders()
@@ -258,9 +275,11 @@ template <int K> __global__ void warp_gemm(float *c, const __nv_bfloat16 *a, con
     for (int i = 0; i < 4; i++) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 
-static __global__ void mma_by_layout(float *c, const __nv_bfloat16 *a, const __nv_bfloat16 *b) // A[16][16] B[16][8]
+static __global__ void mma_by_layout(float *c, const __nv_bfloat16 *a,
+                                     const __nv_bfloat16 *b) // A[16][16] B[16][8]
 {
-    int lane = (int)threadIdx.x, group = lane >> 2, in_group = lane % 4; // the words of PTX: 9.7.14.5.8
+    int lane = (int)threadIdx.x, group = lane >> 2,
+        in_group = lane % 4; // the words of PTX: 9.7.14.5.8
     unsigned x[4] = {0, 0, 0, 0}, y[2] = {0, 0};
     for (int i = 0; i < 8; i++) {
         int row = i < 2 || (i >= 4 && i < 6) ? group : group + 8;
@@ -277,7 +296,8 @@ static __global__ void mma_by_layout(float *c, const __nv_bfloat16 *a, const __n
     for (int i = 0; i < 4; i++) c[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = d[i];
 }
 
-static __global__ void ldmatrix_all(unsigned *out, const __nv_bfloat16 *m) // m[32][8]: four matrices
+static __global__ void ldmatrix_all(unsigned *out,
+                                    const __nv_bfloat16 *m) // m[32][8]: four matrices
 {
     SHARED(__nv_bfloat16, s, [32][8]);
     int lane = (int)threadIdx.x;
@@ -331,9 +351,13 @@ static void test_tensor_cores()
     bool good = true;
     for (unsigned l = 0; l < 32; l++)
         for (unsigned i = 0; i < 4; i++) {
-            unsigned row = 64 * i + l / 4 * 8 + 2 * (l % 4), column = 64 * i + 2 * (l % 4) * 8 + l / 4;
-            good &= r[l * 12 + i] == (row | (row + 1) << 16) && r[l * 12 + 4 + i] == (column | (column + 8) << 16);
-            if (i < 2) good &= r[l * 12 + 8 + i] == r[l * 12 + i] && r[l * 12 + 10 + i] == r[l * 12 + 4 + i];
+            unsigned row = 64 * i + l / 4 * 8 + 2 * (l % 4),
+                     column = 64 * i + 2 * (l % 4) * 8 + l / 4;
+            good &= r[l * 12 + i] == (row | (row + 1) << 16) &&
+                    r[l * 12 + 4 + i] == (column | (column + 8) << 16);
+            if (i < 2)
+                good &=
+                    r[l * 12 + 8 + i] == r[l * 12 + i] && r[l * 12 + 10 + i] == r[l * 12 + 4 + i];
         }
     check(good, "ldmatrix of 2 and 4 matrices, straight and transposed");
 }
@@ -345,7 +369,8 @@ static void test_bfloat16()
         float f = __ushort_as_bfloat16((unsigned short)u);
         back &= std::isnan(f) ? __float2bfloat16(f).__x == 0x7fff : __float2bfloat16(f).__x == u;
         if ((u & 0x7fff) >= 0x7f80) continue;
-        unsigned below = u << 16 | 0x7fff, tie = u << 16 | 0x8000, above = tie + 1; // of u and u + 1
+        unsigned below = u << 16 | 0x7fff, tie = u << 16 | 0x8000,
+                 above = tie + 1; // of u and u + 1
         ties &= __float2bfloat16(__uint_as_float(below)).__x == u;
         ties &= __float2bfloat16(__uint_as_float(tie)).__x == (u % 2 ? u + 1 : u);
         ties &= __float2bfloat16(__uint_as_float(above)).__x == u + 1;
@@ -355,8 +380,10 @@ static void test_bfloat16()
     __nv_bfloat162 v = __floats2bfloat162_rn(1, 2);
     unsigned bits;
     memcpy(&bits, &v, 4);
-    check(bits == 0x40003f80 && __low2float(v) == 1 && __high2float(v) == 2, "the first of a pair is the lower half");
-    check((__nv_bfloat16(1) + __nv_bfloat16(0.001f)).__x == 0x3f80, "a sum of bfloat16 is rounded to bfloat16");
+    check(bits == 0x40003f80 && __low2float(v) == 1 && __high2float(v) == 2,
+          "the first of a pair is the lower half");
+    check((__nv_bfloat16(1) + __nv_bfloat16(0.001f)).__x == 0x3f80,
+          "a sum of bfloat16 is rounded to bfloat16");
 }
 
 static void test_gemm()
@@ -367,27 +394,36 @@ static void test_gemm()
     int status = 0;
     for (int kind = 0; kind < 24; kind++) {
         bool ta = kind & 1, tb = kind & 2, add = kind & 4;
-        cudaDataType_t in = kind < 8 ? CUDA_R_32F : CUDA_R_16BF, out = kind < 16 ? CUDA_R_32F : CUDA_R_16BF;
-        int m = 19, n = 7, k = 33, lda = (ta ? k : m) + 2, ldb = (tb ? n : k) + 1, ldc = m + 3, batch = 2;
+        cudaDataType_t in = kind < 8 ? CUDA_R_32F : CUDA_R_16BF,
+                       out = kind < 16 ? CUDA_R_32F : CUDA_R_16BF;
+        int m = 19, n = 7, k = 33, lda = (ta ? k : m) + 2, ldb = (tb ? n : k) + 1, ldc = m + 3,
+            batch = 2;
         int as = lda * (ta ? m : k), bs = ldb * (tb ? k : n), cs = ldc * n;
-        std::vector<float> a = random_floats(as * 2), b = random_floats(bs * 2), c = random_floats(cs * 2);
-        std::vector<__nv_bfloat16> ah(a.begin(), a.end()), bh(b.begin(), b.end()), ch(c.begin(), c.end());
+        std::vector<float> a = random_floats(as * 2), b = random_floats(bs * 2),
+                           c = random_floats(cs * 2);
+        std::vector<__nv_bfloat16> ah(a.begin(), a.end()), bh(b.begin(), b.end()),
+            ch(c.begin(), c.end());
         void *da = in ? (void *)device(ah) : device(a), *db = in ? (void *)device(bh) : device(b);
         void *dc = !out ? add ? device(c) : device_new<float>(cs * 2)
                         : add ? (void *)device(ch) : device_new<__nv_bfloat16>(cs * 2);
         float alpha = 0.5f, beta = add ? 2.0f : 0.0f; // with beta 0 C may hold NaN
-        status |= cublasGemmStridedBatchedEx(h, ta ? CUBLAS_OP_T : CUBLAS_OP_N, tb ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k,
-                                             &alpha, da, in, lda, as, db, in, ldb, bs, &beta, dc, out, ldc, cs, batch,
-                                             CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+        status |= cublasGemmStridedBatchedEx(h, ta ? CUBLAS_OP_T : CUBLAS_OP_N,
+                                             tb ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k, &alpha, da,
+                                             in, lda, as, db, in, ldb, bs, &beta, dc, out, ldc, cs,
+                                             batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
         std::vector<float> v(cs * 2);
         if (!out) v = host((float *)dc, cs * 2);
-        else { std::vector<__nv_bfloat16> t = host((__nv_bfloat16 *)dc, cs * 2); v.assign(t.begin(), t.end()); }
+        else {
+            std::vector<__nv_bfloat16> t = host((__nv_bfloat16 *)dc, cs * 2);
+            v.assign(t.begin(), t.end());
+        }
         for (int z = 0; z < batch; z++)
             for (int j = 0; j < n; j++)
                 for (int i = 0; i < m; i++) {
                     double s = 0;
                     for (int p = 0; p < k; p++) {
-                        int x = z * as + (ta ? i * lda + p : p * lda + i), y = z * bs + (tb ? p * ldb + j : j * ldb + p);
+                        int x = z * as + (ta ? i * lda + p : p * lda + i),
+                            y = z * bs + (tb ? p * ldb + j : j * ldb + p);
                         s += in ? (double)ah[x] * (double)bh[y] : (double)a[x] * b[y];
                     }
                     int at = z * cs + j * ldc + i;
@@ -398,8 +434,9 @@ static void test_gemm()
     }
     check(!status && worst <= 1, "cublasGemm: transposed or not, fp32 and bf16, batched, beta");
     float one = 1, zero = 0;
-    check(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 4, 4, 4, &one, nullptr, CUDA_R_32F, 3, nullptr, CUDA_R_32F, 4, &zero, nullptr,
-                       CUDA_R_32F, 4, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_INVALID_VALUE,
+    check(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 4, 4, 4, &one, nullptr, CUDA_R_32F, 3, nullptr,
+                       CUDA_R_32F, 4, &zero, nullptr, CUDA_R_32F, 4, CUBLAS_COMPUTE_32F,
+                       CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_INVALID_VALUE,
           "cublasGemmEx refuses a leading dimension that is too small");
     cublasDestroy(h);
 }
@@ -414,20 +451,26 @@ static __global__ __launch_bounds__(1024) void fill(float *x, float v, int n)
 static void test_runtime()
 {
     LAUNCH(nothing, 1, 2048, 0);
-    check(cudaPeekAtLastError() == cudaErrorInvalidConfiguration && cudaGetLastError() == cudaErrorInvalidConfiguration &&
-          cudaGetLastError() == cudaSuccess, "a block of 2048 threads is an error that is told once");
+    check(cudaPeekAtLastError() == cudaErrorInvalidConfiguration &&
+              cudaGetLastError() == cudaErrorInvalidConfiguration &&
+              cudaGetLastError() == cudaSuccess,
+          "a block of 2048 threads is an error that is told once");
     LAUNCH(nothing, dim3(1, 65536), 1, 0);
     check(cudaGetLastError() == cudaErrorInvalidConfiguration, "a grid of 65536 rows is an error");
     LAUNCH(nothing, 1, 1, 64 << 10);
-    check(cudaGetLastError() == cudaErrorInvalidValue, "more than 48 KiB of shared memory are an error");
-    check(cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, 64 << 10) == cudaSuccess &&
-          cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, 228 << 10) == cudaErrorInvalidValue,
+    check(cudaGetLastError() == cudaErrorInvalidValue,
+          "more than 48 KiB of shared memory are an error");
+    check(cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, 64 << 10) ==
+                  cudaSuccess &&
+              cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   228 << 10) == cudaErrorInvalidValue,
           "cudaFuncSetAttribute allows more, up to 227 KiB");
     cudaGetLastError();
     LAUNCH(nothing, 1, 1, 64 << 10);
     check(cudaGetLastError() == cudaSuccess, "64 KiB of shared memory, allowed");
     char *p;
-    check(cudaMalloc(&p, (size_t)1 << 50) == cudaErrorMemoryAllocation && !p && cudaGetLastError() == cudaErrorMemoryAllocation,
+    check(cudaMalloc(&p, (size_t)1 << 50) == cudaErrorMemoryAllocation && !p &&
+              cudaGetLastError() == cudaErrorMemoryAllocation,
           "out of memory is an error");
     size_t before, after, total;
     cudaMemGetInfo(&before, &total);
@@ -439,7 +482,8 @@ static void test_runtime()
     cudaMemcpy2DAsync(y, 24, x + 1, 40, 12, 3, cudaMemcpyDeviceToDevice, nullptr);
     std::vector<float> a = host(x, 30), b = host(y, 30);
     bool good = true;
-    for (int i = 0; i < 30; i++) good &= b[i] == (i < 18 && i % 6 < 3 ? a[1 + i / 6 * 10 + i % 6] : 7);
+    for (int i = 0; i < 30; i++)
+        good &= b[i] == (i < 18 && i % 6 < 3 ? a[1 + i / 6 * 10 + i % 6] : 7);
     check(good, "a copy of rows");
     cudaMemset(y, 0, 60);
     b = host(y, 30);
@@ -459,10 +503,12 @@ static void test_runtime()
     setenv("EMU_DEVICES", "0", 1);
     check(cudaGetDeviceCount(&n) == cudaErrorNoDevice, "EMU_DEVICES=0: no device");
     setenv("EMU_DRIVER", "11080", 1);
-    check(cudaGetDeviceCount(&n) == cudaErrorInsufficientDriver, "EMU_DRIVER=11080: a driver too old");
+    check(cudaGetDeviceCount(&n) == cudaErrorInsufficientDriver,
+          "EMU_DRIVER=11080: a driver too old");
     unsetenv("EMU_DEVICES"), unsetenv("EMU_DRIVER"), setenv("EMU_CC", "61", 1);
     cudaDeviceProp prop;
-    check(cudaGetDeviceProperties(&prop, 0) == cudaSuccess && prop.major == 6 && prop.minor == 1, "EMU_CC=61");
+    check(cudaGetDeviceProperties(&prop, 0) == cudaSuccess && prop.major == 6 && prop.minor == 1,
+          "EMU_CC=61");
     cudaGetLastError();
 }
 
@@ -482,7 +528,11 @@ static __global__ void shared_touch(float *out, int i)
     a[threadIdx.x] = 1;
     if (!threadIdx.x) a[i] = 2, *out = a[i];
 }
-static __global__ void dynamic_touch(float *out, int i) { DYNAMIC_SHARED(float, a); a[i] = 1, *out = a[i]; }
+static __global__ void dynamic_touch(float *out, int i)
+{
+    DYNAMIC_SHARED(float, a);
+    a[i] = 1, *out = a[i];
+}
 static __global__ void unwritten_shared(float *out)
 {
     SHARED(float, a, [4]);
@@ -501,35 +551,51 @@ static void plant_memory_bugs()
 {
     float *x = device(std::vector<float>(1001, 1.0f)), *y = device_new<float>(1001);
     emu_name(x, "weights");
-    caught("host code reads device memory", {"host code touched device memory", "weights", "byte 8 "},
-           [&] { volatile float f = x[2]; (void)f; });
-    caught("host code writes device memory", {"host code touched device memory", "4004 bytes"}, [&] { y[1000] = 1; });
+    caught("host code reads device memory",
+           {"host code touched device memory", "weights", "byte 8 "}, [&] {
+               volatile float f = x[2];
+               (void)f;
+           });
+    caught("host code writes device memory", {"host code touched device memory", "4004 bytes"},
+           [&] { y[1000] = 1; });
     caught("host code reads it after a launch", {"host code touched device memory"}, [&] {
         LAUNCH(copy, 4, 256, 0, y, x, 1001);
         if (host(y, 1001)[1000] == 1) y[0] = 2;
     });
-    caught("host code reads it between two copies", {"host code touched"}, [&] { printf("%g", host(x, 1)[0] + x[0]); });
-    caught("a read past the end", {"out of bounds: byte 4016 of", "weights", "touch", "block (0,0,0), thread (0,0,0)"},
+    caught("host code reads it between two copies", {"host code touched"},
+           [&] { printf("%g", host(x, 1)[0] + x[0]); });
+    caught("a read past the end",
+           {"out of bounds: byte 4016 of", "weights", "touch", "block (0,0,0), thread (0,0,0)"},
            [&] { LAUNCH(touch, 1, 1, 0, x, 1004, false); });
-    caught("a write past the end", {"out of bounds: byte 4096"}, [&] { LAUNCH(touch, 1, 1, 0, x, 1024, true); });
-    caught("a write just past the end", {"out of bounds: byte 4004 was written", "weights", "touch"},
+    caught("a write past the end", {"out of bounds: byte 4096"},
+           [&] { LAUNCH(touch, 1, 1, 0, x, 1024, true); });
+    caught("a write just past the end",
+           {"out of bounds: byte 4004 was written", "weights", "touch"},
            [&] { LAUNCH(touch, 1, 1, 0, x, 1001, true); });
     caught("a write just before the beginning", {"out of bounds: byte -4 was written"},
            [&] { LAUNCH(touch, 1, 1, 0, x, -1, true); });
-    caught("a read before the beginning", {"out of bounds: byte -4000 of"}, [&] { LAUNCH(touch, 1, 1, 0, x, -1000, false); });
-    caught("a kernel's condition is missing", {"out of bounds", "copy", "block (3,0,0), thread (236,0,0)"},
+    caught("a read before the beginning", {"out of bounds: byte -", "weights"},
+           [&] { LAUNCH(touch, 1, 1, 0, x, -(int)emu::PAGE / 4, false); });
+    caught("a kernel's condition is missing",
+           {"out of bounds", "copy", "block (3,0,0), thread (236,0,0)"},
            [&] { LAUNCH(copy, 4, 256, 0, y, x, 1024); });
     LAUNCH(touch, 1, 1, 0, x, 1003, false);
     check(std::isnan(host(x, 1)[0]), "a read just past the end is NaN");
-    caught("use after free", {"use after cudaFree: byte 40 of"}, [&] { cudaFree(x), LAUNCH(touch_hidden, 1, 1, 0, {x}); });
-    caught("a pointer that was freed", {"use after cudaFree: argument 2 is byte 0 of"}, [&] { cudaFree(x), LAUNCH(copy, 1, 1, 0, y, x, 1); });
+    caught("use after free", {"use after cudaFree: byte 40 of"},
+           [&] { cudaFree(x), LAUNCH(touch_hidden, 1, 1, 0, {x}); });
+    caught("a pointer that was freed", {"use after cudaFree: argument 2 is byte 0 of"},
+           [&] { cudaFree(x), LAUNCH(copy, 1, 1, 0, y, x, 1); });
     caught("freed twice", {"cudaFree of"}, [&] { cudaFree(x), cudaFree(x); });
     caught("a host pointer for a kernel", {"argument 1 is not device memory", "copy"},
            [&] { float f[4]; LAUNCH(copy, 1, 4, 0, f, x, 4); });
-    caught("a copy in the wrong direction", {"cudaMemcpy to", "is not device memory"}, [&] { float f[4]; cudaMemcpy(f, x, 16, cudaMemcpyHostToDevice); });
+    caught("a copy in the wrong direction", {"cudaMemcpy to", "is not device memory"}, [&] {
+        float f[4];
+        cudaMemcpy(f, x, 16, cudaMemcpyHostToDevice);
+    });
     caught("a copy that is too long", {"cudaMemcpy from", "4008 bytes from byte 0"},
            [&] { float f[1002]; cudaMemcpy(f, x, sizeof f, cudaMemcpyDeviceToHost); });
-    caught("a wild address", {"wild address", "thread"}, [&] { LAUNCH(copy, 1, 1, 0, y, (float *)nullptr, 1); });
+    caught("a wild address", {"wild address", "thread"},
+           [&] { LAUNCH(copy, 1, 1, 0, y, (float *)nullptr, 1); });
     LAUNCH(copy, 4, 256, 0, y, device_new<float>(1001), 1001);
     bool nan = true;
     for (float f : host(y, 1001)) nan &= std::isnan(f);
@@ -537,24 +603,30 @@ static void plant_memory_bugs()
 
     caught("past the end of a shared array", {"out of bounds: byte 144 of shared a, which has 132"},
            [&] { LAUNCH(shared_touch, 1, 33, 0, y, 36); });
-    caught("just past the end of a shared array", {"out of bounds: byte 132 was written of shared a"},
+    caught("just past the end of a shared array",
+           {"out of bounds: byte 132 was written of shared a"},
            [&] { LAUNCH(shared_touch, 2, 33, 0, y, 33); });
-    caught("past the end of dynamic shared memory", {"out of bounds: byte 64 of shared (dynamic), which has 60"},
+    caught("past the end of dynamic shared memory",
+           {"out of bounds: byte 64 of shared (dynamic), which has 60"},
            [&] { LAUNCH(dynamic_touch, 1, 1, 60, y, 16); });
-    caught("just past the end of dynamic shared memory", {"byte 60 was written of shared (dynamic)"},
+    caught("just past the end of dynamic shared memory",
+           {"byte 60 was written of shared (dynamic)"},
            [&] { LAUNCH(dynamic_touch, 1, 1, 60, y, 15); });
     caught("more static shared memory than a block has", {"65536 bytes of static shared memory"},
            [&] { LAUNCH(too_much_shared, 1, 1, 0, y); });
     LAUNCH(unwritten_shared, 2, 1, 8, y);
     std::vector<float> v = host(y, 4);
-    check(std::isnan(v[0]) && std::isnan(v[1]) && std::isnan(v[2]) && std::isnan(v[3]), "unwritten shared memory is NaN in each block");
+    check(std::isnan(v[0]) && std::isnan(v[1]) && std::isnan(v[2]) && std::isnan(v[3]),
+          "unwritten shared memory is NaN in each block");
     cublasHandle_t h;
     cublasCreate(&h);
     float one = 1, zero = 0;
-    caught("a matrix larger than its memory", {"out of bounds", "cublasGemm of m 32, n 32, k 32"}, [&] {
-        cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 32, 32, 32, &one, x, CUDA_R_32F, 32, x, CUDA_R_32F, 32, &zero, y, CUDA_R_32F, 32,
-                     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
-    });
+    caught("a matrix larger than its memory", {"out of bounds", "cublasGemm of m 32, n 32, k 32"},
+           [&] {
+               cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 32, 32, 32, &one, x, CUDA_R_32F, 32, x,
+                            CUDA_R_32F, 32, &zero, y, CUDA_R_32F, 32, CUBLAS_COMPUTE_32F,
+                            CUBLAS_GEMM_DEFAULT);
+           });
     cublasDestroy(h);
 }
 
@@ -588,7 +660,10 @@ static __global__ void others_at_barrier(float *x)
     __syncthreads();
 }
 static __global__ void whole_warp(float *x) { x[threadIdx.x] = (float)__any_sync(~0u, 1); }
-static __global__ void outside_mask(float *x) { if (threadIdx.x < 16) x[threadIdx.x] = __shfl_xor_sync(0xffff, 1.0f, 16); }
+static __global__ void outside_mask(float *x)
+{
+    if (threadIdx.x < 16) x[threadIdx.x] = __shfl_xor_sync(0xffff, 1.0f, 16);
+}
 static __global__ void not_in_mask(float *x) { x[threadIdx.x] = (float)__ballot_sync(0xffff, 1); }
 static __global__ void other_mask(float *x)
 {
@@ -604,20 +679,34 @@ static __global__ void another_vote(float *x)
 static void plant_meeting_bugs()
 {
     float *x = device_new<float>(64);
-    caught("a thread returns before a barrier", {"barrier not reached by all threads: 63 of 64", "thread (37,0,0) has returned", "early_return"},
+    caught("a thread returns before a barrier",
+           {"barrier not reached by all threads: 63 of 64", "thread (37,0,0) has returned",
+            "early_return"},
            [&] { LAUNCH(early_return, 1, 64, 0, x); });
-    caught("two branches with a barrier each", {"different barriers: lines ", "divergent"}, [&] { LAUNCH(divergent, 1, 64, 0, x); });
-    caught("half a block at a barrier", {"barrier not reached by all threads: 32 of 64 wait in __syncthreads", "thread (32,0,0) has returned"},
+    caught("two branches with a barrier each", {"different barriers: lines ", "divergent"},
+           [&] { LAUNCH(divergent, 1, 64, 0, x); });
+    caught("half a block at a barrier",
+           {"barrier not reached by all threads: 32 of 64 wait in __syncthreads",
+            "thread (32,0,0) has returned"},
            [&] { LAUNCH(half_a_block, 1, 64, 0, x); });
-    caught("half a warp shuffles", {"__shfl_down_sync at line", "waits for lanes 0xffff0000", "lane 16 has returned"},
+    caught("half a warp shuffles",
+           {"__shfl_down_sync at line", "waits for lanes 0xffff0000", "lane 16 has returned"},
            [&] { LAUNCH(half_a_warp, 1, 32, 0, x); });
-    caught("half a warp shuffles, half waits", {"lane 16 waits in __syncthreads at line"}, [&] { LAUNCH(others_at_barrier, 1, 32, 0, x); });
-    caught("half a warp that does not exist", {"lane 24 does not exist"}, [&] { LAUNCH(whole_warp, 1, 24, 0, x); });
-    caught("a shuffle from outside the mask", {"__shfl_xor_sync", "reads lane 16, which is not in mask 0x0000ffff"}, [&] { LAUNCH(outside_mask, 1, 32, 0, x); });
-    caught("a lane that is not in its mask", {"__ballot_sync", "lane 16 is not in its own mask"}, [&] { LAUNCH(not_in_mask, 1, 32, 0, x); });
-    caught("different masks", {"__any_sync", "mask 0xfffffff"}, [&] { LAUNCH(other_mask, 1, 32, 0, x); });
-    caught("different votes", {"__all_sync", "waits in __any_sync"}, [&] { LAUNCH(another_vote, 1, 32, 0, x); });
-    caught("a barrier outside a kernel", {"__syncthreads at line", "outside a kernel"}, [&] { __syncthreads(); });
+    caught("half a warp shuffles, half waits", {"lane 16 waits in __syncthreads at line"},
+           [&] { LAUNCH(others_at_barrier, 1, 32, 0, x); });
+    caught("half a warp that does not exist", {"lane 24 does not exist"},
+           [&] { LAUNCH(whole_warp, 1, 24, 0, x); });
+    caught("a shuffle from outside the mask",
+           {"__shfl_xor_sync", "reads lane 16, which is not in mask 0x0000ffff"},
+           [&] { LAUNCH(outside_mask, 1, 32, 0, x); });
+    caught("a lane that is not in its mask", {"__ballot_sync", "lane 16 is not in its own mask"},
+           [&] { LAUNCH(not_in_mask, 1, 32, 0, x); });
+    caught("different masks", {"__any_sync", "mask 0xfffffff"},
+           [&] { LAUNCH(other_mask, 1, 32, 0, x); });
+    caught("different votes", {"__all_sync", "waits in __any_sync"},
+           [&] { LAUNCH(another_vote, 1, 32, 0, x); });
+    caught("a barrier outside a kernel", {"__syncthreads at line", "outside a kernel"},
+           [&] { __syncthreads(); });
 }
 
 static __global__ void no_barrier(float *y, const float *x, int n) // y = x backwards
@@ -626,7 +715,8 @@ static __global__ void no_barrier(float *y, const float *x, int n) // y = x back
     s[threadIdx.x] = x[threadIdx.x];
     y[threadIdx.x] = s[n - 1 - threadIdx.x];
 }
-static __global__ void no_second_barrier(float *y, const float *x, int n) // the tile is overwritten too early
+static __global__ void no_second_barrier(float *y, const float *x,
+                                         int n) // the tile is overwritten too early
 {
     SHARED(float, s, [64]);
     float sum = 0;
@@ -643,7 +733,10 @@ static __global__ void no_syncwarp(float *y, const float *x)
     s[threadIdx.x] = x[threadIdx.x];
     y[threadIdx.x] = s[threadIdx.x ^ 1];
 }
-static __global__ void no_atomic(float *y, const float *x) { y[0] += x[threadIdx.x] * x[blockIdx.x]; }
+static __global__ void no_atomic(float *y, const float *x)
+{
+    y[0] += x[threadIdx.x] * x[blockIdx.x];
+}
 static __global__ void blocks_race(float *y) { y[threadIdx.x] = (float)blockIdx.x; }
 static __global__ void blocks_depend(float *y) { y[blockIdx.x + 1] = y[blockIdx.x] + 1; }
 static __global__ void no_wait(float *y, const float *x)
@@ -654,7 +747,8 @@ static __global__ void no_wait(float *y, const float *x)
     __syncwarp();
     for (int i = 0; i < 4; i++) y[4 * threadIdx.x + i] = s[4 * threadIdx.x + i];
 }
-static __global__ void overwritten_copy(float *y, const float *x) // while the copy may still read... or write
+static __global__ void overwritten_copy(float *y,
+                                        const float *x) // while the copy may still read... or write
 {
     SHARED(float, s, [4]);
     for (int i = 0; i < 4; i++) s[i] = 1;
@@ -689,10 +783,13 @@ static void plant_races()
 #ifdef __SANITIZE_THREAD__ // compiled for cuda_race.h
     const char *words = "race: this thread ";
     int *n = device(std::vector<int>(32));
-    caught("a count in shared memory without atomics", {words, "thread (0,0,0) wrote", "shared count"},
+    caught("a count in shared memory without atomics",
+           {words, "thread (0,0,0) wrote", "shared count"},
            [&] { LAUNCH(count_shared, 1, 32, 0, n); });
-    caught("a count of blocks without atomics", {words, "another block wrote"}, [&] { LAUNCH(count_global, 2, 32, 0, n); });
-    caught("a shuffle for a barrier", {words, "of shared s"}, [&] { LAUNCH(shuffle_is_no_barrier, 1, 32, 0, n); });
+    caught("a count of blocks without atomics", {words, "another block wrote"},
+           [&] { LAUNCH(count_global, 2, 32, 0, n); });
+    caught("a shuffle for a barrier", {words, "of shared s"},
+           [&] { LAUNCH(shuffle_is_no_barrier, 1, 32, 0, n); });
 #else
     (void)count_shared, (void)count_global, (void)shuffle_is_no_barrier;
     LAUNCH(no_barrier, 1, 64, 0, y, x, 64);
@@ -700,23 +797,34 @@ static void plant_races()
     emu_order("reverse");
     LAUNCH(no_barrier, 1, 64, 0, y, x, 64);
     std::vector<float> reverse = host(y, 64);
-    check(std::isnan(forward[0]) && !std::isnan(forward[63]) && std::isnan(reverse[63]) && !std::isnan(reverse[0]),
+    check(std::isnan(forward[0]) && !std::isnan(forward[63]) && std::isnan(reverse[63]) &&
+              !std::isnan(reverse[0]),
           "a missing barrier gives different results forward and reverse");
     const char *words = "orders disagree";
 #endif
     emu_order("agree");
-    caught("a missing barrier", {words, "no_barrier"}, [&] { LAUNCH(no_barrier, 1, 64, 0, y, x, 64); });
-    caught("a barrier missing at a loop's end", {words, "no_second_barrier"}, [&] { LAUNCH(no_second_barrier, 1, 64, 0, y, x, 64); });
-    caught("a missing __syncwarp", {words, "no_syncwarp"}, [&] { LAUNCH(no_syncwarp, 1, 32, 0, y, x); });
+    caught("a missing barrier", {words, "no_barrier"},
+           [&] { LAUNCH(no_barrier, 1, 64, 0, y, x, 64); });
+    caught("a barrier missing at a loop's end", {words, "no_second_barrier"},
+           [&] { LAUNCH(no_second_barrier, 1, 64, 0, y, x, 64); });
+    caught("a missing __syncwarp", {words, "no_syncwarp"},
+           [&] { LAUNCH(no_syncwarp, 1, 32, 0, y, x); });
     caught("a missing atomic", {words, "no_atomic"}, [&] { LAUNCH(no_atomic, 4, 64, 0, y, x); });
-    caught("blocks that write the same", {words, "blocks_race"}, [&] { LAUNCH(blocks_race, 4, 8, 0, y); });
-    caught("blocks that read each other", {words, "blocks_depend"}, [&] { LAUNCH(blocks_depend, 4, 1, 0, y); });
-    caught("a copy that is not waited for", {"orders disagree", "no_wait"}, [&] { LAUNCH(no_wait, 1, 32, 0, y, x); });
-    caught("memory read while a copy comes", {"orders disagree", "overwritten_copy"}, [&] { LAUNCH(overwritten_copy, 1, 1, 0, y, x); });
+    caught("blocks that write the same", {words, "blocks_race"},
+           [&] { LAUNCH(blocks_race, 4, 8, 0, y); });
+    caught("blocks that read each other", {words, "blocks_depend"},
+           [&] { LAUNCH(blocks_depend, 4, 1, 0, y); });
+    caught("a copy that is not waited for", {"orders disagree", "no_wait"},
+           [&] { LAUNCH(no_wait, 1, 32, 0, y, x); });
+    caught("memory read while a copy comes", {"orders disagree", "overwritten_copy"},
+           [&] { LAUNCH(overwritten_copy, 1, 1, 0, y, x); });
     emu_order("forward");
 }
 
-[[maybe_unused]] static __global__ void misaligned(float4 *y, const float *x) { y[0] = *(const float4 *)(x + 1); }
+[[maybe_unused]] static __global__ void misaligned(float4 *y, const float *x)
+{
+    y[0] = *(const float4 *)(x + 1);
+}
 static __global__ void misaligned_ldmatrix(float *y)
 {
     SHARED(float, s, [256]);
@@ -747,12 +855,17 @@ static void plant_other_bugs()
 {
     float *x = device(std::vector<float>(64)), *y = device_new<float>(64);
     (void)y;
-#if defined __x86_64__ && defined __OPTIMIZE__ && !defined __SANITIZE_ADDRESS__ && !defined __SANITIZE_THREAD__ // as aligned instructions fault
-    caught("a misaligned vector", {"misaligned"}, [&] { LAUNCH(misaligned, 1, 1, 0, (float4 *)y, x); });
+#if defined __x86_64__ && defined __OPTIMIZE__ && !defined __SANITIZE_ADDRESS__ && \
+    !defined __SANITIZE_THREAD__ // as aligned instructions fault
+    caught("a misaligned vector", {"misaligned"},
+           [&] { LAUNCH(misaligned, 1, 1, 0, (float4 *)y, x); });
 #endif
-    caught("ldmatrix of a row that is not aligned", {"ldmatrix_x4", "not a multiple of 16"}, [&] { LAUNCH(misaligned_ldmatrix, 1, 32, 0, x); });
-    caught("ldmatrix of device memory", {"ldmatrix_x4", "not in shared memory"}, [&] { LAUNCH(ldmatrix_of_global, 1, 32, 0, x); });
-    caught("cp.async from an address not aligned", {"cp_async_16", "not a multiple of 16"}, [&] { LAUNCH(misaligned_copy, 1, 1, 0, x); });
+    caught("ldmatrix of a row that is not aligned", {"ldmatrix_x4", "not a multiple of 16"},
+           [&] { LAUNCH(misaligned_ldmatrix, 1, 32, 0, x); });
+    caught("ldmatrix of device memory", {"ldmatrix_x4", "not in shared memory"},
+           [&] { LAUNCH(ldmatrix_of_global, 1, 32, 0, x); });
+    caught("cp.async from an address not aligned", {"cp_async_16", "not a multiple of 16"},
+           [&] { LAUNCH(misaligned_copy, 1, 1, 0, x); });
     caught("a stack that overflows", {"stack overflowed"}, [&] { LAUNCH(overflow, 1, 1, 0, x); });
     caught("__trap", {"__trap", "thread (0,0,0)"}, [&] { LAUNCH(trap, 1, 1, 0); });
     caught("an order that is none", {"EMU_ORDER", "sideways"}, [&] { emu_order("sideways"); });
