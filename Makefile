@@ -37,7 +37,8 @@ test_moe: test_moe.c moe.c Makefile
 	$(BUILD) -c -o build/test_float.o test_moe.c
 	$(BUILD) -o $@ build/test_float.o build/test_double.o -lm
 
-test: moe test_moe $(if $(shell command -v $(CXX)),verify)
+test: moe test_moe $(if $(shell command -v $(CXX)),build/test_cuda_on_cpu verify)
+	$(if $(shell command -v $(CXX)),./build/test_cuda_on_cpu)
 	./test_moe
 
 PRECISION = bf16
@@ -73,11 +74,16 @@ build/verify_cpu.o: .ci/verify.c moe.c Makefile
 	@mkdir -p build
 	$(BUILD) -c -o $@ .ci/verify.c
 
-build/verify_%: build/verify_cpu.o .ci/verify.c .ci/cuda_on_cpu.h moe.c moe.cu Makefile
+build/verify_%: build/verify_cpu.o .ci/verify.c moe.c moe.cu $(wildcard .ci/*.h) Makefile
 	$(if $(ON_GPU),$(CUDA) -x cu,$(EMULATE) -x c++) $(if $(filter fp32,$*),-DMOE_FP32) \
 	    -DVERIFY_GPU -I. -c -o $@.o .ci/verify.c
 	$(if $(ON_GPU),$(CUDA),$(CXX) $(OPENMP)) -o $@ build/verify_cpu.o $@.o \
 	    $(if $(ON_GPU),-lcublas) -lm
+
+# That what kernels run on without a GPU does as CUDA does, and catches the bugs it says.
+build/test_cuda_on_cpu: .ci/test_cuda_on_cpu.cpp $(wildcard .ci/*.h)
+	@mkdir -p build
+	$(EMULATE) -I.ci -o $@ .ci/test_cuda_on_cpu.cpp
 
 clean:
 	rm -rf build moe test_moe moe_gpu moe_emu
