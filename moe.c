@@ -470,7 +470,7 @@ typedef struct {
 #include "moe.cu" // the same operations, under the same names and in the same order
 #else
 
-// Memory that operations work on, its contents undefined. Here it is the host's, on a GPU it is not.
+// Memory that operations work on, its contents undefined. Here it is the host's; on a GPU not.
 static void *device_alloc(size_t bytes) { return host_alloc(bytes, 1); }
 static void device_free(void *p) { free(p); }
 static void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
