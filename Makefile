@@ -1,9 +1,13 @@
 # make            builds ./moe
 # make run        trains a model on Shakespeare and lets it write (about 100 s on two cores)
 # make test       builds and runs every test (under two minutes on two cores)
+# make gpu        builds ./moe_gpu, for the GPU of this machine or for GPU_ARCH=sm_90
+# make emu        builds ./moe_emu: moe.cu by the C++ compiler, its kernels run on the CPU
+# make verify     compares moe.cu with moe.c, on the GPU or, where there is none, as make emu
 # make clean      removes what was built; out/, with the trained models, stays
 #
 # CC=clang, CFLAGS=... and OPENMP= (none) may be given. Results do not depend on them beyond rounding.
+# PRECISION=fp32 makes gpu and emu compute in float instead of bfloat16.
 
 CC = cc
 # what the compiler takes of: this machine's vector instructions, OpenMP or at least its simd part
@@ -33,10 +37,55 @@ test_moe: test_moe.c moe.c Makefile
 	$(BUILD) -c -o build/test_float.o test_moe.c
 	$(BUILD) -o $@ build/test_float.o build/test_double.o -lm
 
-test: moe test_moe
+test: moe test_moe $(if $(shell command -v $(CXX)),build/test_cuda_on_cpu verify)
+	$(if $(shell command -v $(CXX)),./build/test_cuda_on_cpu)
 	./test_moe
 
-clean:
-	rm -rf build moe test_moe moe_gpu
+PRECISION = bf16
+NVCC := $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+    sed -n '1s/\([0-9]*\)\.\([0-9]\)/sm_\1\2/p')
+CUDA = $(NVCC) -std=c++17 -O3 -arch=$(GPU_ARCH) -Xcompiler "$(filter -fopenmp,$(OPENMP))" \
+    -diag-suppress 177,550
+EMULATE = $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas
+FLOAT = $(if $(filter fp32,$(PRECISION)),-DMOE_FP32)
 
-.PHONY: run test clean
+gpu:
+	@test -n "$(NVCC)" || { echo "make gpu: there is no nvcc; the CUDA Toolkit 12 or 13 has it" \
+	    "(in PATH or /usr/local/cuda)"; exit 1; }
+	@test -n "$(GPU_ARCH)" || { echo "make gpu: nvidia-smi finds no GPU here; GPU_ARCH=sm_90 says" \
+	    "for which one to build (90: H100, 100: B200, 80: A100, 89: RTX 4090)"; exit 1; }
+	@echo '#include <cublas_v2.h>' | $(NVCC) -x cu -E - >/dev/null 2>&1 || { echo "make gpu:" \
+	    "$(NVCC) finds no cublas_v2.h; install cuBLAS's development files"; exit 1; }
+	@case $(PRECISION):$(GPU_ARCH) in bf16:sm_[0-7]?) echo "make gpu: $(GPU_ARCH) has no bfloat16" \
+	    "tensor cores; PRECISION=fp32 does without"; exit 1;; esac
+	$(CUDA) $(FLOAT) -o moe_gpu moe.cu -lcublas
+
+emu:
+	$(EMULATE) $(FLOAT) -x c++ -o moe_emu moe.cu -lm
+
+# The same tests on both sides, each compiled with its operations.
+ON_GPU := $(and $(NVCC),$(GPU_ARCH))
+verify: build/verify_fp32 build/verify_bf16
+	@./build/verify_fp32
+	@./build/verify_bf16
+
+build/verify_cpu.o: .ci/verify.c moe.c Makefile
+	@mkdir -p build
+	$(BUILD) -c -o $@ .ci/verify.c
+
+build/verify_%: build/verify_cpu.o .ci/verify.c moe.c moe.cu $(wildcard .ci/*.h) Makefile
+	$(if $(ON_GPU),$(CUDA) -x cu,$(EMULATE) -x c++) $(if $(filter fp32,$*),-DMOE_FP32) \
+	    -DVERIFY_GPU -I. -c -o $@.o .ci/verify.c
+	$(if $(ON_GPU),$(CUDA),$(CXX) $(OPENMP)) -o $@ build/verify_cpu.o $@.o \
+	    $(if $(ON_GPU),-lcublas) -lm
+
+# That what kernels run on without a GPU does as CUDA does, and catches the bugs it says.
+build/test_cuda_on_cpu: .ci/test_cuda_on_cpu.cpp $(wildcard .ci/*.h)
+	@mkdir -p build
+	$(EMULATE) -I.ci -o $@ .ci/test_cuda_on_cpu.cpp
+
+clean:
+	rm -rf build moe test_moe moe_gpu moe_emu
+
+.PHONY: run test gpu emu verify clean

@@ -59,9 +59,12 @@ A pointer's comment gives its shape, rows first. An operation's outputs come bef
 // real:  weights and activations. accum: gradients of weights, softmax statistics, routing, the
 // optimizer. They differ only in moe.cu, where real may be bfloat16. The gradient check runs in
 // double, where central differences are good to 1e-9 and a tolerance of 1e-6 means something.
-#ifdef MOE_DOUBLE
+#if defined MOE_DOUBLE
 typedef double real;
 typedef double accum;
+#elif defined MOE_BF16
+typedef __nv_bfloat16 real;
+typedef float accum;
 #else
 typedef float real;
 typedef float accum;
@@ -386,7 +389,8 @@ static Layout layout_make(const Config *c)
         t->name = name_, t->layer = layer, t->kind = kind_; \
         t->count = (size_t)(count_), t->rows = (size_t)(rows_), t->cols = (size_t)(cols_); \
         t->offset = p.elements; \
-        p.elements += (size_mul(t->count, size_mul(t->rows, t->cols)) + 15) / 16 * 16; \
+        size_t wide = sizeof(type) / sizeof(real); /* 2 for an accum beside bfloat16 */ \
+        p.elements += (size_mul(wide * t->count, size_mul(t->rows, t->cols)) + 15) / 16 * 16; \
         size_mul(p.elements, sizeof(double) * 8); \
     }
     MODEL_PARAMS(LIST)
@@ -486,9 +490,43 @@ static void meter_stop(Timer *t)
         meter_start(name, (double)(flops), (double)(bytes)); \
     (void)timer
 
-#ifndef MOE_CUDA // moe.cu has the same operations, under the same names and in the same order
+enum Mode { SET, ADD }; // whether an output is overwritten or added to
 
-// Memory that operations work on. Here it is the host's; on a GPU it is not.
+// Rows that belong to groups: group e owns rows offsets[e] .. offsets[e+1], or, where offsets is
+// NULL, one group owns them all. So one matmul serves a plain matrix and a set of experts.
+typedef struct {
+    const int *offsets; // [groups + 1], device memory
+    size_t groups;
+    size_t rows;        // in all groups together, at most
+} Rows;
+
+static Rows all_rows(size_t rows)
+{
+    Rows r = {NULL, 1, rows};
+    return r;
+}
+
+// Set by gradient checks, which hold the choice of experts still: router_forward and
+// balance_forward then leave topk and f as they stood.
+static int hold_routing = 0;
+
+// What optimizers train, in elements of weights, gradients and optimizer state: a matrix, for Muon;
+// a span that AdamW trains in one manner, in pieces of which `first` belong to the spans before.
+typedef struct {
+    size_t offset, rows, cols;
+} Matrix;
+
+enum { SPAN_PIECE = 1 << 12 };
+typedef struct {
+    size_t offset, size, first;
+    int decays;
+} Span;
+
+#ifdef MOE_CUDA
+#include "moe.cu" // the same operations, under the same names and in the same order
+#else
+
+// Memory that operations work on, its contents undefined. Here it is the host's; on a GPU not.
 static void *device_alloc(size_t bytes) { return host_alloc(bytes, 1); }
 static void device_free(void *p) { free(p); }
 static void device_finish(void) {}
@@ -505,7 +543,29 @@ static void device_copy(void *to, const void *from, size_t bytes)
 static void to_device(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 static void to_host(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 
-enum Mode { SET, ADD }; // whether an output is overwritten or added to
+// n numbers from and to host memory, where they are accum.
+static void reals_to_device(real *to, const accum *from, size_t n)
+{
+    to_device(to, from, n * sizeof(real));
+}
+static void reals_to_host(accum *to, const real *from, size_t n)
+{
+    to_host(to, from, n * sizeof(real));
+}
+
+// Bytes of memory that are free for use.
+static double free_memory(void)
+{
+    double kilobytes = 0;
+    char line[128];
+    FILE *f = fopen("/proc/meminfo", "r"); // Linux; elsewhere all there is
+    while (f && fgets(line, sizeof line, f))
+        if (!strncmp(line, "MemAvailable:", 13)) kilobytes = strtod(line + 13, NULL);
+    if (f && fclose(f)) kilobytes = 0;
+    if (kilobytes > 0) return 1024 * kilobytes;
+    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+}
+
 enum { SMALL = 1 << 14 }; // elements that are not worth waking the other threads for
 
 // Scratch memory of the calling thread, kept from call to call.
@@ -783,20 +843,6 @@ static void gemm(real *c, size_t c_row, size_t c_col, const real *a, size_t a_ro
         gemm_blocked(c, c_col, c_row, b, b_col, b_row, a, a_col, a_row, n, m, k, add);
     else
         gemm_blocked(c, c_row, c_col, a, a_row, a_col, b, b_row, b_col, m, n, k, add);
-}
-
-// Rows that belong to groups: group e owns rows offsets[e] .. offsets[e+1], or, where offsets is
-// NULL, one group owns them all. So one matmul serves a plain matrix and a set of experts.
-typedef struct {
-    const int *offsets; // [groups + 1]
-    size_t groups;
-    size_t rows;        // in all groups together, at most
-} Rows;
-
-static Rows all_rows(size_t rows)
-{
-    Rows r = {NULL, 1, rows};
-    return r;
 }
 
 static size_t group_begin(Rows r, size_t e) { return r.offsets ? (size_t)r.offsets[e] : 0; }
@@ -1169,10 +1215,6 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
         }
 }
 
-// Set by gradient checks, which hold the choice of experts still: router_forward and
-// balance_forward then leave topk and f as they stood.
-static int hold_routing = 0;
-
 // Indices of the K largest of n values, in falling order; of equal ones the first.
 static void top_k(int *index, const accum *value, size_t n, size_t K)
 {
@@ -1473,7 +1515,7 @@ static void cache_store(real *cache,     // [slots, capacity, width]
                x + i * width, width * sizeof(real));
 }
 
-#endif // MOE_CUDA
+#endif // not MOE_CUDA
 
 // ------------------------------------------------------------------------------------------------
 // 5  The model
@@ -1481,7 +1523,9 @@ static void cache_store(real *cache,     // [slots, capacity, width]
 typedef struct {
     Config config;
     Layout layout;
-    real *weights;      // [layout.elements]
+    real *weights;      // [layout.elements] as operations read them
+    accum *master;      // [layout.elements] as they are trained and saved: weights itself or,
+                        // where real is shorter, a copy of its own, NULL unless training
     accum *grads;       // [layout.elements], NULL unless training
     ModelWeights w;     // pointers into weights
     ModelGrads dw;      // pointers into grads
@@ -1489,13 +1533,22 @@ typedef struct {
     LayerGrads *dlayer;  // [L + D]
 } Model;
 
+static void *device_zeros(size_t count, size_t size)
+{
+    void *p = device_alloc(size_mul(count, size));
+    device_zero(p, count * size);
+    return p;
+}
+
 static Model model_make(const Config *c, int training)
 {
     Model m;
     m.config = *c;
     m.layout = layout_make(c);
-    m.weights = (real *)device_alloc(size_mul(m.layout.elements, sizeof(real)));
-    m.grads = training ? (accum *)device_alloc(size_mul(m.layout.elements, sizeof(accum))) : NULL;
+    m.weights = (real *)device_zeros(m.layout.elements, sizeof(real));
+    m.master = sizeof(real) == sizeof(accum) ? (accum *)m.weights : !training ? NULL :
+               (accum *)device_zeros(m.layout.elements, sizeof(accum));
+    m.grads = training ? (accum *)device_zeros(m.layout.elements, sizeof(accum)) : NULL;
     m.layer = (LayerWeights *)host_alloc(layers(c), sizeof(LayerWeights));
     m.dlayer = (LayerGrads *)host_alloc(layers(c), sizeof(LayerGrads));
     const Tensor *t = m.layout.tensor;
@@ -1517,13 +1570,27 @@ static Model model_make(const Config *c, int training)
     return m;
 }
 
+// Whether the weights are trained in another copy than the one operations read.
+static int has_master(const Model *m) { return m->master && (void *)m->master != m->weights; }
+
 static void model_free(Model *m)
 {
+    if (has_master(m)) device_free(m->master);
     device_free(m->weights);
     device_free(m->grads);
     free(m->layout.tensor);
     free(m->layer);
     free(m->dlayer);
+}
+
+// Sets n weights of tensor t from element i on.
+static void model_set(Model *m, const Tensor *t, size_t i, const accum *x, size_t n)
+{
+    if (has_master(m)) to_device(m->master + t->offset + i, x, n * sizeof(accum));
+    if (t->kind == ROUTER_BIAS)
+        to_device((accum *)(m->weights + t->offset) + i, x, n * sizeof(accum));
+    else
+        reals_to_device(m->weights + t->offset + i, x, n);
 }
 
 // Norms begin at 1, the router's bias at 0, matrices normal with standard deviation init_std.
@@ -1532,12 +1599,12 @@ static void model_init(Model *m, uint64_t seed)
     for (size_t i = 0; i < m->layout.tensors; i++) {
         const Tensor *t = &m->layout.tensor[i];
         size_t n = tensor_size(t);
-        real *x = (real *)host_alloc(n, sizeof(real));
+        accum *x = (accum *)host_alloc(n, sizeof(accum));
         #pragma omp parallel for
         for (size_t j = 0; j < n; j++)
             x[j] = t->kind == NORM ? 1 : t->kind == ROUTER_BIAS ? 0 :
-                   (real)(m->config.init_std * random_normal(seed, 1 + i, j));
-        to_device(m->weights + t->offset, x, n * sizeof(real));
+                   (accum)(m->config.init_std * random_normal(seed, 1 + i, j));
+        model_set(m, t, 0, x, n);
         free(x);
     }
 }
@@ -2111,24 +2178,30 @@ static double sum_squares(const accum *x, size_t n)
     return sum;
 }
 
-// One step of AdamW on n weights; step counts from 1, the gradient is taken times g_scale.
+// One step of AdamW on the spans of the weights; step counts from 1, the gradient is taken times
+// g_scale.
 //     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
 //     w -= lr (decay w + m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)).
-static void adamw_step(real *w, accum *m, accum *v, const accum *grad, size_t n, long step,
-                       double lr, double beta1, double beta2, double eps, double decay,
-                       double g_scale)
+// master is what is trained, weights its copy for operations; here they are the same.
+static void adamw_step(real *weights, accum *master, accum *m, accum *v, const accum *grads,
+                       const Span *span, size_t spans, size_t pieces, long step, double lr,
+                       double beta1, double beta2, double eps, double decay, double g_scale)
 {
-    METER(__func__, 0, 7 * n * sizeof(accum));
+    METER(__func__, 0, 7 * (double)pieces * SPAN_PIECE * sizeof(accum));
     accum b1 = (accum)beta1, b2 = (accum)beta2, e = (accum)eps, scale = (accum)g_scale;
     accum rate = (accum)(lr / (1 - pow(beta1, (double)step)));
     accum correct2 = (accum)(1 / sqrt(1 - pow(beta2, (double)step)));
-    accum keep = (accum)(1 - lr * decay);
-    #pragma omp parallel for if (n > SMALL)
-    for (size_t i = 0; i < n; i++) {
-        accum g = grad[i] * scale;
-        m[i] = b1 * m[i] + (1 - b1) * g;
-        v[i] = b2 * v[i] + (1 - b2) * g * g;
-        w[i] = keep * w[i] - rate * m[i] / (square_root(v[i]) * correct2 + e);
+    (void)weights, (void)pieces;
+    for (size_t s = 0; s < spans; s++) {
+        size_t begin = span[s].offset, end = begin + span[s].size;
+        accum keep = (accum)(span[s].decays ? 1 - lr * decay : 1);
+        #pragma omp parallel for if (end - begin > SMALL)
+        for (size_t i = begin; i < end; i++) {
+            accum g = grads[i] * scale;
+            m[i] = b1 * m[i] + (1 - b1) * g;
+            v[i] = b2 * v[i] + (1 - b2) * g * g;
+            master[i] = keep * master[i] - rate * m[i] / (square_root(v[i]) * correct2 + e);
+        }
     }
 }
 
@@ -2185,18 +2258,15 @@ static void newton_schulz(real *X,           // [m, n]
     }
 }
 
-// Where a matrix [rows, cols] stands among the weights, and the gradients and momenta.
-typedef struct {
-    size_t offset, rows, cols;
-} Matrix;
-
 // One step of Muon on each matrix W, a thread to a matrix; the gradient is taken times g_scale.
 //     M = mu M + G,  X = orthogonal(G + mu M),  W -= lr (decay W + 0.2 sqrt(max(rows, cols)) X).
 // The factor gives steps the size that AdamW's have, so that one lr does for both (Moonlight, 2.2).
-static void muon_step(real *weights, accum *momentum, const accum *grads, const Matrix *matrix,
-                      size_t matrices, double lr, double mu_, double decay, double g_scale)
+static void muon_step(real *weights, accum *master, accum *momentum, const accum *grads,
+                      const Matrix *matrix, size_t matrices, double lr, double mu_, double decay,
+                      double g_scale)
 {
     METER(__func__, 0, 0);
+    (void)weights;
     #pragma omp parallel for schedule(dynamic)
     for (size_t k = 0; k < matrices; k++) {
         Matrix it = matrix[k];
@@ -2205,7 +2275,8 @@ static void muon_step(real *weights, accum *momentum, const accum *grads, const 
         real *X = scratch(2 * m * n + 2 * m * m), *Y = X + m * n, *A = Y + m * n, *A2 = A + m * m;
         accum *M = momentum + it.offset, mu = (accum)mu_, scale = (accum)g_scale, square = 0;
         const accum *G = grads + it.offset;
-        real *W = weights + it.offset, rate = (real)(lr * 0.2 * sqrt((double)n));
+        accum *W = master + it.offset;
+        real rate = (real)(lr * 0.2 * sqrt((double)n));
         #pragma omp simd reduction(+ : square)
         for (size_t i = 0; i < m * n; i++) {
             M[i] = mu * M[i] + scale * G[i];
@@ -2219,13 +2290,13 @@ static void muon_step(real *weights, accum *momentum, const accum *grads, const 
         newton_schulz(X, Y, A, A2, m, n);
         for (size_t i = 0; i < it.rows; i++)
             for (size_t j = 0; j < it.cols; j++) {
-                real *w = W + i * it.cols + j;
+                accum *w = W + i * it.cols + j;
                 *w = keep * *w - rate * X[tall ? j * n + i : i * n + j];
             }
     }
 }
 
-#endif // MOE_CUDA
+#endif // not MOE_CUDA
 
 typedef struct {
     int muon;             // for MATRIX tensors; the others always take AdamW
@@ -2238,7 +2309,8 @@ typedef struct {
     int *load;    // [L + D, E] tokens of each expert since the last step
     long step;    // steps taken
     Matrix *matrix; // those that Muon trains
-    size_t matrices;
+    Span *span;     // device memory: what AdamW trains, the matrices last
+    size_t matrices, spans[2], pieces[2]; // beside Muon and without it
 } Optimizer;
 
 static Optimizer optimizer_make(const Model *m)
@@ -2246,9 +2318,9 @@ static Optimizer optimizer_make(const Model *m)
     Optimizer o;
     size_t n = m->layout.elements, E = m->config.E;
     memset(&o, 0, sizeof o);
-    o.m = (accum *)device_alloc(size_mul(n, sizeof(accum)));
-    o.v = (accum *)device_alloc(size_mul(n, sizeof(accum)));
-    o.load = (int *)device_alloc(layers(&m->config) * E * sizeof(int));
+    o.m = (accum *)device_zeros(n, sizeof(accum));
+    o.v = (accum *)device_zeros(n, sizeof(accum));
+    o.load = (int *)device_zeros(layers(&m->config) * E, sizeof(int));
     for (size_t i = 0; i < m->layout.tensors; i++)
         if (m->layout.tensor[i].kind == MATRIX) o.matrices += m->layout.tensor[i].count;
     o.matrix = (Matrix *)host_alloc(o.matrices, sizeof(Matrix));
@@ -2260,6 +2332,21 @@ static Optimizer optimizer_make(const Model *m)
             *next++ = it;
         }
     }
+    Span *span = (Span *)host_alloc(m->layout.tensors, sizeof(Span));
+    size_t spans = 0, pieces = 0;
+    for (int matrices = 0; matrices < 2; matrices++) {
+        for (size_t i = 0; i < m->layout.tensors; i++) {
+            const Tensor *t = &m->layout.tensor[i];
+            if (t->kind == ROUTER_BIAS || (t->kind == MATRIX) != matrices) continue;
+            Span it = {t->offset, tensor_size(t), pieces, t->kind != NORM};
+            pieces += ceil_div(it.size, SPAN_PIECE);
+            span[spans++] = it;
+        }
+        o.spans[matrices] = spans, o.pieces[matrices] = pieces;
+    }
+    o.span = (Span *)device_alloc(spans * sizeof(Span));
+    to_device(o.span, span, spans * sizeof(Span));
+    free(span);
     return o;
 }
 
@@ -2268,6 +2355,7 @@ static void optimizer_free(Optimizer *o)
     device_free(o->m);
     device_free(o->v);
     device_free(o->load);
+    device_free(o->span);
     free(o->matrix);
 }
 
@@ -2296,18 +2384,17 @@ static void optimizer_step(Optimizer *o, Model *m, const Recipe *r, double norm)
     o->step++;
     for (size_t i = 0; i < m->layout.tensors; i++) {
         const Tensor *t = &m->layout.tensor[i];
-        size_t at = t->offset;
-        if (t->kind == ROUTER_BIAS)
-            router_bias_step((accum *)m->weights + at, o->load + (size_t)t->layer * m->config.E,
-                             t->cols, r->bias_speed);
-        else if (t->kind != MATRIX || !r->muon)
-            adamw_step(m->weights + at, o->m + at, o->v + at, m->grads + at, tensor_size(t),
-                       o->step, r->adam_lr, r->beta1, r->beta2, r->eps,
-                       t->kind == NORM ? 0 : r->decay, g_scale);
+        accum *bias = m->master + t->offset;
+        if (t->kind != ROUTER_BIAS) continue;
+        router_bias_step(bias, o->load + (size_t)t->layer * m->config.E, t->cols, r->bias_speed);
+        if (has_master(m)) device_copy(m->weights + t->offset, bias, t->cols * sizeof(accum));
     }
+    adamw_step(m->weights, m->master, o->m, o->v, m->grads, o->span, o->spans[!r->muon],
+               o->pieces[!r->muon], o->step, r->adam_lr, r->beta1, r->beta2, r->eps, r->decay,
+               g_scale);
     if (r->muon)
-        muon_step(m->weights, o->m, m->grads, o->matrix, o->matrices, r->lr, r->momentum, r->decay,
-                  g_scale);
+        muon_step(m->weights, m->master, o->m, m->grads, o->matrix, o->matrices, r->lr,
+                  r->momentum, r->decay, g_scale);
     device_zero(m->grads, m->layout.elements * sizeof(accum));
 }
 
@@ -2461,7 +2548,7 @@ static int compare_choices(const void *x, const void *y)
 
 // Draws a token from logits [V] in host memory. `at` numbers the draw: the same seed, place and
 // logits give the same token, however the logits were come by.
-static int sample_token(const Sampler *s, const real *logits, size_t V, uint64_t at)
+static int sample_token(const Sampler *s, const accum *logits, size_t V, uint64_t at)
 {
     size_t best = 0;
     for (size_t v = 0; v < V; v++) {
@@ -2506,7 +2593,7 @@ static Generation generate(Decoder *s, const Sampler *sampler, int *text, size_t
     size_t V = s->m->config.V, done = 0, end = length + count, prompt = length;
     int *rows = (int *)host_alloc(3 * s->max_rows, sizeof(int)), draft = -1;
     int *slot = rows + s->max_rows, *pos = slot + s->max_rows;
-    real *logits = (real *)host_alloc(V, sizeof(real));
+    accum *logits = (accum *)host_alloc(V, sizeof(accum));
     Generation g = {0, 0, 0, 0, 0};
     double start = now();
     while (length < end) {
@@ -2520,7 +2607,7 @@ static Generation generate(Decoder *s, const Sampler *sampler, int *text, size_t
         done += n;
         if (done == length) { // the last row tells the next token; the draft, if right, one more
             for (size_t i = n - 1; i < n + (size_t)drafted; i++) {
-                to_host(logits, s->a.logits + i * V, V * sizeof(real));
+                reals_to_host(logits, s->a.logits + i * V, V);
                 text[length] = sample_token(sampler, logits, V, length);
                 emit(text[length++]);
                 if (i + 1 < n + (size_t)drafted && text[length - 1] != draft) break;
@@ -2534,7 +2621,7 @@ static Generation generate(Decoder *s, const Sampler *sampler, int *text, size_t
         if (speculate && length < end) {
             n = min_size(done, length - 1) - first;
             decode_mtp(s, text + first + 1, n);
-            to_host(logits, s->a.logits + (n - 1) * V, V * sizeof(real));
+            reals_to_host(logits, s->a.logits + (n - 1) * V, V);
             Sampler likeliest = {0, 0, 1, 0};
             draft = done + 1 == length ? sample_token(&likeliest, logits, V, 0) : -1;
         }
@@ -3079,7 +3166,7 @@ static void make_directory(const char *path) // and those above it
 static void model_save(const Model *m, const char *directory)
 {
     Entry *entry = (Entry *)host_alloc(count_entries(&m->layout), sizeof(Entry));
-    Entry *end = entries_add(entry, &m->layout, "", m->weights);
+    Entry *end = entries_add(entry, &m->layout, "", m->master);
     Path path = path_join(directory, "model.safetensors");
     make_directory(directory);
     config_save(&m->config, directory);
@@ -3327,15 +3414,16 @@ static void stored_read(const Stored *t, const Stored *scale, accum *to)
     free(scales);
 }
 
-// Reads every tensor of the layout, named with the prefix, to where it stands in `to`. With NULL
-// only looks whether all are there, so that a config.json cannot ask for more memory than its
-// files fill.
-static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *prefix, accum *to)
+// Reads every tensor of the layout, named with the prefix, to the weights of m or to its place in
+// `to`. With neither only looks whether all are there, so that a config.json cannot ask for more
+// memory than its files fill.
+static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *prefix, Model *m,
+                            accum *to)
 {
     for (const Tensor *t = layout->tensor; t < layout->tensor + layout->tensors; t++) {
         size_t n = t->rows * t->cols, dims = tensor_dims(t), shape[2] = {t->rows, t->cols};
         size_t blocks[2] = {ceil_div(t->rows, FP8_BLOCK), ceil_div(t->cols, FP8_BLOCK)};
-        accum *host = to ? (accum *)host_alloc(n, sizeof(accum)) : NULL;
+        accum *host = m || to ? (accum *)host_alloc(n, sizeof(accum)) : NULL;
         for (size_t k = 0; k < t->count; k++) {
             char name[NAME_MAX_LENGTH + 16];
             tensor_name(name, prefix, t, k);
@@ -3344,9 +3432,10 @@ static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *pre
                 scale = checkpoint_get(c, strcat(name, "_scale_inv"), blocks, 2);
                 NEED(scale->dtype == F32, "%s: %s: must be F32", scale->file, name);
             }
-            if (!to) continue;
+            if (!host) continue;
             stored_read(s, scale, host);
-            to_device(to + t->offset + k * n, host, n * sizeof(accum));
+            if (m) model_set(m, t, k * n, host, n);
+            else to_device(to + t->offset + k * n, host, n * sizeof(accum));
         }
         free(host);
     }
@@ -3392,10 +3481,10 @@ static Model model_load(const char *directory, int training)
     Config config = directory_config(directory);
     Checkpoint c = checkpoint_open(directory);
     Layout layout = layout_make(&config);
-    checkpoint_read(&c, &layout, "", NULL);
+    checkpoint_read(&c, &layout, "", NULL, NULL);
     free(layout.tensor);
     Model m = model_make(&config, training);
-    checkpoint_read(&c, &m.layout, "", m.weights);
+    checkpoint_read(&c, &m.layout, "", &m, NULL);
     checkpoint_all_used(&c);
     checkpoint_close(&c);
     return m;
@@ -3499,19 +3588,6 @@ static double parse_real(const char *name, const char *value, int whole)
 // ------------------------------------------------------------------------------------------------
 // 10  Training
 
-// Bytes of memory that are free for use.
-static double free_memory(void)
-{
-    double kilobytes = 0;
-    char line[128];
-    FILE *f = fopen("/proc/meminfo", "r"); // Linux; elsewhere all there is
-    while (f && fgets(line, sizeof line, f))
-        if (!strncmp(line, "MemAvailable:", 13)) kilobytes = strtod(line + 13, NULL);
-    if (f && fclose(f)) kilobytes = 0;
-    if (kilobytes > 0) return 1024 * kilobytes;
-    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-}
-
 // Says what a command is about to allocate, for B sequences at once and a cache; refuses what the
 // machine does not have.
 static const char *memory_plan(const Config *c, int training, size_t B, size_t T, size_t cache)
@@ -3524,8 +3600,9 @@ static const char *memory_plan(const Config *c, int training, size_t B, size_t T
         activations = 1e-6 * (double)acts.arena.used;
         acts_free(&acts);
     }
-    double weights = n * sizeof(real), gradients = training ? n * sizeof(accum) : 0;
-    double total = weights + 3 * gradients + activations + 1e-6 * (double)cache;
+    double gradients = training ? n * sizeof(accum) : 0, total;
+    double weights = n * sizeof(real) + (sizeof(real) < sizeof(accum) ? gradients : 0); // masters
+    total = weights + 3 * gradients + activations + 1e-6 * (double)cache;
     free(layout.tensor);
     snprintf(text, sizeof text, "weights %.1f MB, gradients %.1f, optimizer %.1f, activations "
              "%.1f, cache %.1f; %.1f of %.0f MB free", weights, gradients, 2 * gradients,
@@ -3745,7 +3822,7 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
 {
     size_t elements = m->layout.elements;
     Path path = path_join(o->out, state_name);
-    if (!isfinite(sum_squares(m->weights, elements) + sum_squares(opt->m, elements) +
+    if (!isfinite(sum_squares(m->master, elements) + sum_squares(opt->m, elements) +
                   sum_squares(opt->v, elements)))
         die(FAILED, "step %zu: the weights are no longer finite; %s still has step %zu; try a "
             "smaller --lr", r->step, o->out, r->saved);
@@ -3764,7 +3841,7 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
             "\"val_loss\":\"%.17g\",\"text_hash\":\"%016llx\"", r->step, opt->step, r->train_loss,
             r->val_loss, (unsigned long long)data_hash(&r->text));
     Entry *entry = (Entry *)host_alloc(3 * count_entries(&m->layout), sizeof(Entry));
-    Entry *end = entries_add(entry, &m->layout, "", m->weights);
+    Entry *end = entries_add(entry, &m->layout, "", m->master);
     end = entries_add(end, &m->layout, "m.", opt->m);
     end = entries_add(end, &m->layout, "v.", opt->v);
     safetensors_close(&out, entry, (size_t)(end - entry));
@@ -3806,9 +3883,9 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
     opt->step = (long)parse_Count("optimizer_step", state_value(s, "optimizer_step"));
     r->train_loss = strtod(state_value(s, "train_loss"), NULL); // nan: none yet
     r->val_loss = strtod(state_value(s, "val_loss"), NULL);
-    checkpoint_read(&c, &m->layout, "", m->weights);
-    checkpoint_read(&c, &m->layout, "m.", opt->m);
-    checkpoint_read(&c, &m->layout, "v.", opt->v);
+    checkpoint_read(&c, &m->layout, "", m, NULL);
+    checkpoint_read(&c, &m->layout, "m.", NULL, opt->m);
+    checkpoint_read(&c, &m->layout, "v.", NULL, opt->v);
     checkpoint_all_used(&c);
     checkpoint_close(&c);
     NEED(r->step < o->steps, "%s: the run has taken all its %zu steps; a larger --steps goes on",
@@ -4605,9 +4682,14 @@ static void check_dump(const Model *m, const Acts *a, const Losses *s, const cha
     const accum values[4] = {(accum)s->total, (accum)s->main, (accum)s->mtp, (accum)s->balance};
     accum *losses = (accum *)device_alloc(sizeof values);
     Entry *entry = (Entry *)host_alloc(count_entries(&m->layout) + 5, sizeof(Entry));
-    Entry logits = {"logits", {a->B, a->T, m->config.V}, 3, a->layer[m->config.L - 1].logits};
+    size_t n = a->B * a->T * m->config.V;
+    accum *host = (accum *)host_alloc(n, sizeof(accum));
+    accum *logits = (accum *)device_alloc(n * sizeof(accum));
+    reals_to_host(host, a->layer[m->config.L - 1].logits, n);
+    to_device(logits, host, n * sizeof(accum));
     to_device(losses, values, sizeof values);
-    entry[0] = logits;
+    Entry first = {"logits", {a->B, a->T, m->config.V}, 3, logits};
+    entry[0] = first;
     for (size_t i = 0; i < 4; i++) {
         Entry loss = {"", {1}, 1, losses + i};
         entry[1 + i] = loss;
@@ -4619,6 +4701,8 @@ static void check_dump(const Model *m, const Acts *a, const Losses *s, const cha
     Output o = safetensors_open(path);
     safetensors_close(&o, entry, (size_t)(kept - entry));
     free(entry);
+    free(host);
+    device_free(logits);
     device_free(losses);
 }
 

@@ -1,0 +1,2212 @@
+/*
+moe.cu: moe.c on an NVIDIA GPU.
+
+The model, its training, its generation, files and commands are moe.c's, which this file takes in.
+In the place of moe.c's operations moe.c takes in the rest of this file: the same operations, under
+the same names and in the same order, a kernel first and what launches it under it.
+
+    make gpu                  bfloat16 weights and activations, float master weights and gradients
+    make gpu PRECISION=fp32   float throughout
+    make emu                  either, by the C++ compiler, on the CPU: .ci/cuda_on_cpu.h
+
+Plain matrix products are cuBLAS's; the rest is here. Nothing in a step waits for the GPU, no T x T
+matrix is stored, and no sum depends on which thread comes first: the same run gives the same bits.
+
+At each kernel stands what it moves and computes. Bytes are of real (2 in bfloat16) unless said.
+*/
+#ifndef MOE_CUDA
+#define MOE_CUDA
+#ifndef MOE_FP32
+#define MOE_BF16
+#endif
+#ifdef __CUDACC__
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#else
+#include ".ci/cuda_on_cpu.h"
+#endif
+#include "moe.c"
+#else // taken in by moe.c
+
+// The GPU's compute capability, as nvcc's -arch has it: 90 for sm_90.
+static int gpu_arch(void)
+{
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
+    return 10 * major + minor;
+}
+
+// Every call of CUDA and cuBLAS is checked. What a kernel does wrong shows at a later one.
+static void cuda_check(cudaError_t status, const char *call)
+{
+    int driver = 0, toolkit = 0;
+    if (status == cudaSuccess) return;
+    if (status == cudaErrorNoDevice)
+        die(FAILED, "there is no NVIDIA GPU here; `make` builds moe, which needs none");
+    if (status == cudaErrorInsufficientDriver) {
+        cudaDriverGetVersion(&driver);
+        cudaRuntimeGetVersion(&toolkit);
+        if (driver == 0)
+            die(FAILED, "there is no NVIDIA driver here; `make` builds moe, which needs none");
+        die(FAILED, "the driver is for CUDA %d.%d, older than %d.%d, the toolkit of this program; "
+            "update it or build with its toolkit", driver / 1000, driver % 1000 / 10,
+            toolkit / 1000, toolkit % 1000 / 10);
+    }
+    if (status == cudaErrorNoKernelImageForDevice)
+        die(FAILED, "this program was built for another GPU than this sm_%d; make gpu "
+            "GPU_ARCH=sm_%d builds it for this one", gpu_arch(), gpu_arch());
+    if (status == cudaErrorMemoryAllocation)
+        die(FAILED, "out of device memory; use a smaller model, --batch or --seq");
+    die(FAILED, "%s: %s", call, cudaGetErrorString(status));
+}
+
+static void cublas_check(cublasStatus_t status, const char *call)
+{
+    if (status != CUBLAS_STATUS_SUCCESS)
+        die(FAILED, "%.40s: %s", call, cublasGetStatusString(status));
+}
+
+#define CUDA(call) cuda_check(call, #call)
+#define CUBLAS(call) cublas_check(call, #call)
+
+// Under g++ the header has these, and the tensor cores' instructions that follow.
+#ifdef __CUDACC__
+#define LAUNCH(kernel, grid, block, bytes, ...) kernel<<<grid, block, bytes>>>(__VA_ARGS__)
+#define SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
+#define DYNAMIC_SHARED(type, name) \
+    extern __shared__ __align__(16) unsigned char shared_bytes[]; \
+    type *name = (type *)shared_bytes
+
+#ifdef MOE_BF16
+__device__ static unsigned shared_address(const void *p)
+{
+    return (unsigned)__cvta_generic_to_shared(p);
+}
+
+// d[16,8] += a[16,16] b[16,8], spread over a warp as PTX's mma.m16n8k16 has it.
+__device__ static void mma_16x8x16(float d[4], const uint32_t a[4], const uint32_t b[2])
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8 x 8 matrices from shared memory; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ static void ldmatrix_x4(uint32_t r[4], const void *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row))
+                 : "memory");
+}
+
+__device__ static void ldmatrix_x4_trans(uint32_t r[4], const void *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row))
+                 : "memory");
+}
+
+// Copies 16 bytes to shared memory while the thread goes on; zeros unless valid.
+__device__ static void cp_async_16(void *to, const void *from, bool valid)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+__device__ static void cp_async_commit(void)
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most N of the thread's groups of copies are under way.
+template <int N> __device__ static void cp_async_wait(void)
+{
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+}
+#endif // MOE_BF16
+#endif // __CUDACC__
+
+// Starts a kernel with `bytes` of dynamic shared memory. An empty grid does nothing.
+#define RUN_KERNEL(kernel, grid, block, bytes, ...) \
+    do { \
+        dim3 kernel_grid = grid; \
+        if (kernel_grid.x == 0 || kernel_grid.y == 0 || kernel_grid.z == 0) break; \
+        if ((bytes) > 48 << 10) \
+            CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, \
+                                      (int)(bytes))); \
+        LAUNCH(kernel, kernel_grid, block, bytes, __VA_ARGS__); \
+        CUDA(cudaGetLastError()); \
+    } while (0)
+
+static cublasHandle_t cublas;
+
+__global__ void probe_kernel(int) {}
+
+// Finds the GPU, once, and whether it runs what is here.
+static void device_start(void)
+{
+    int devices = 0;
+    if (cublas) return;
+    CUDA(cudaGetDeviceCount(&devices));
+    if (sizeof(real) < sizeof(accum) && gpu_arch() < 80)
+        die(FAILED, "this GPU, sm_%d, has no bfloat16 tensor cores; make gpu PRECISION=fp32 does "
+            "without", gpu_arch());
+    RUN_KERNEL(probe_kernel, 1, 32, 0, 0);
+    CUBLAS(cublasCreate(&cublas));
+}
+
+static void *device_alloc(size_t bytes)
+{
+    void *p = NULL;
+    device_start();
+    CUDA(cudaMalloc(&p, bytes ? bytes : 1));
+    return p;
+}
+
+static void device_free(void *p)
+{
+    if (p) CUDA(cudaFree(p));
+}
+static void device_finish(void) { CUDA(cudaDeviceSynchronize()); }
+static void device_zero(void *p, size_t bytes)
+{
+    METER(__func__, 0, bytes);
+    CUDA(cudaMemsetAsync(p, 0, bytes));
+}
+static void device_copy(void *to, const void *from, size_t bytes)
+{
+    METER(__func__, 0, 2 * bytes);
+    CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice));
+}
+static void to_device(void *to, const void *from, size_t bytes)
+{
+    CUDA(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+}
+static void to_host(void *to, const void *from, size_t bytes)
+{
+    CUDA(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
+}
+
+static void reals_to_device(real *to, const accum *from, size_t n)
+{
+    real *rounded = (real *)host_alloc(n, sizeof(real));
+    for (size_t i = 0; i < n; i++) rounded[i] = (real)from[i];
+    to_device(to, rounded, n * sizeof(real));
+    free(rounded);
+}
+
+static void reals_to_host(accum *to, const real *from, size_t n)
+{
+    real *rounded = (real *)host_alloc(n, sizeof(real));
+    to_host(rounded, from, n * sizeof(real));
+    for (size_t i = 0; i < n; i++) to[i] = (accum)rounded[i];
+    free(rounded);
+}
+
+static double free_memory(void)
+{
+    size_t available = 0, all = 0;
+    device_start();
+    CUDA(cudaMemGetInfo(&available, &all));
+    return (double)available;
+}
+
+// Memory for one operation, kept from call to call: kernels run in order, so that none still needs
+// what the one before left there.
+static void *scratch(size_t bytes)
+{
+    static void *memory;
+    static size_t size;
+    if (bytes > size) {
+        device_free(memory);
+        memory = device_alloc(bytes);
+        size = bytes;
+    }
+    return memory;
+}
+
+// W numbers that are loaded and stored at once.
+template <typename T, int W> struct alignas(W * sizeof(T)) Pack {
+    T x[W];
+};
+
+template <int W, typename T> __device__ static Pack<T, W> load(const T *x)
+{
+    return *(const Pack<T, W> *)x;
+}
+
+template <int W, typename T> __device__ static void store(T *x, Pack<T, W> p)
+{
+    *(Pack<T, W> *)x = p;
+}
+
+// Launches the kernel that takes WIDE numbers, 16 bytes, at once if all strides, in numbers, and
+// pointers divide; else the one that takes single numbers.
+enum { WIDE = 16 / sizeof(real) };
+#define RUN_WIDE(strides, pointers, kernel, ...) \
+    do { \
+        if ((strides) % WIDE == 0 && (pointers) % 16 == 0) \
+            RUN_KERNEL((kernel<WIDE>), __VA_ARGS__); \
+        else \
+            RUN_KERNEL((kernel<1>), __VA_ARGS__); \
+    } while (0)
+#define AT(pointer) ((size_t)(pointer))
+
+// The packs of n numbers that fall to a thread of the grid.
+#define FOR_PACKS(i, n) \
+    for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W; i < (n); \
+         i += (size_t)gridDim.x * blockDim.x * W)
+
+enum { WARP = 32, BLOCK = 256 }; // threads, of a block at most
+static unsigned grid_of(size_t n, size_t block) { return (unsigned)ceil_div(n, block); }
+
+// Threads for a row of n numbers.
+static unsigned row_threads(size_t n)
+{
+    return (unsigned)min_size(ceil_div(ceil_div(n, WIDE), WARP) * WARP, BLOCK);
+}
+
+__device__ static float warp_sum(float x)
+{
+    for (int d = WARP / 2; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    return x;
+}
+
+__device__ static float warp_max(float x)
+{
+    for (int d = WARP / 2; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+    return x;
+}
+
+// The sum or the largest of the x of all threads of a block, to all of them.
+template <bool MAX> __device__ static float block_reduce(float x)
+{
+    SHARED(float, part, [BLOCK / WARP]);
+    int warps = (int)blockDim.x / WARP, lane = (int)threadIdx.x % WARP;
+    x = MAX ? warp_max(x) : warp_sum(x);
+    __syncthreads(); // part of an earlier call has been read
+    if (lane == 0) part[threadIdx.x / WARP] = x;
+    __syncthreads();
+    x = lane < warps ? part[lane] : MAX ? -INFINITY : 0;
+    return MAX ? warp_max(x) : warp_sum(x);
+}
+
+__device__ static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
+// c[m,n] = op(a) op(b) + beta c by cuBLAS, `batch` times; rows of c, a and b are ldc, lda and ldb
+// apart. op(a) is a[m,k], or the transpose of a[k,m] if a_t; likewise b. To cuBLAS, which has its
+// columns where we have rows, this is c^T = op(b)^T op(a)^T.
+template <typename Out>
+static void gemm(Out *c, size_t ldc, const real *a, int a_t, size_t lda, const real *b, int b_t,
+                 size_t ldb, size_t m, size_t n, size_t k, float beta, size_t batch = 1,
+                 size_t c_step = 0, size_t a_step = 0, size_t b_step = 0)
+{
+    const cudaDataType in = sizeof(real) == 4 ? CUDA_R_32F : CUDA_R_16BF;
+    const cudaDataType out = sizeof(Out) == 4 ? CUDA_R_32F : CUDA_R_16BF;
+    const float one = 1;
+    cublasOperation_t op_a = a_t ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t op_b = b_t ? CUBLAS_OP_T : CUBLAS_OP_N;
+    if (m == 0 || n == 0 || k == 0 || batch == 0) return;
+    if (batch == 1)
+        CUBLAS(cublasGemmEx(cublas, op_b, op_a, (int)n, (int)m, (int)k, &one, b, in, (int)ldb, a,
+                            in, (int)lda, &beta, c, out, (int)ldc, CUBLAS_COMPUTE_32F,
+                            CUBLAS_GEMM_DEFAULT));
+    else
+        CUBLAS(cublasGemmStridedBatchedEx(
+            cublas, op_b, op_a, (int)n, (int)m, (int)k, &one, b, in, (int)ldb, (long long)b_step,
+            a, in, (int)lda, (long long)a_step, &beta, c, out, (int)ldc, (long long)c_step,
+            (int)batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+// Matrix products of experts, all in one launch: a block finds its expert from the offsets, which
+// only the GPU knows, and computes a tile of TILE x TILE numbers of
+//     c[m,n] = sum_k a(m,k) b(k,n),
+// where a is stored [m,k], or [k,m] if A_T, and b [k,n], or [n,k] if B_T. The three uses:
+//     out = x W^T:  m are rows, n outputs, k inputs     (B_T)
+//     dx = dout W:  m are rows, n inputs, k outputs
+//     dW = dout^T x: m are outputs, n inputs, k rows    (A_T)
+// 2 m n k FLOPs; each tile of c reads 2 TILE k numbers, mostly from L2.
+#ifdef MOE_BF16
+
+// By tensor cores: 4 warps, 2 x 2, of 64 x 64 numbers each, so that a number from shared memory is
+// multiplied 64 times. Strips of TILE_K along k arrive there while those before are multiplied.
+enum { TILE_THREADS = 128, TILE = 128, TILE_K = 32, STAGES = 4, WARP_TILE = 64 };
+
+// Fragments for mma_16x8x16 of 16 x 16 numbers in shared memory, whose rows stand ld apart: of a
+// stored [m,k] or, _t, [k,m]; two of b, of 8 columns each, stored [n,k] or, _t, [k,n].
+__device__ static void fragment_a(uint32_t r[4], const real *x, int ld)
+{
+    int lane = (int)threadIdx.x % WARP;
+    ldmatrix_x4(r, x + lane % 16 * ld + lane / 16 * 8);
+}
+
+__device__ static void fragment_a_t(uint32_t r[4], const real *x, int ld)
+{
+    int lane = (int)threadIdx.x % WARP;
+    ldmatrix_x4_trans(r, x + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
+}
+
+__device__ static void fragment_b(uint32_t r[4], const real *x, int ld)
+{
+    int lane = (int)threadIdx.x % WARP;
+    ldmatrix_x4(r, x + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
+}
+
+__device__ static void fragment_b_t(uint32_t r[4], const real *x, int ld)
+{
+    int lane = (int)threadIdx.x % WARP;
+    ldmatrix_x4_trans(r, x + lane % 16 * ld + lane / 16 * 8);
+}
+
+__device__ static uint32_t pack_bf16(float low, float high)
+{
+    union { __nv_bfloat162 pair; uint32_t bits; } u;
+    u.pair = __floats2bfloat162_rn(low, high);
+    return u.bits;
+}
+
+// Begins to copy x[tile_rows, width] to shared memory, with zeros from row `rows` and column `cols`
+// on. wide: x is aligned to 16 bytes, and ld_x, width and cols divide by 8. By all of a block,
+// ACROSS threads to a row.
+template <int ACROSS>
+__device__ static void copy_tile(real *to, int ld, int tile_rows, int width, const real *x,
+                                 size_t ld_x, int rows, int cols, int wide)
+{
+    if (wide) {
+        int row = (int)threadIdx.x / ACROSS, begin = (int)threadIdx.x % ACROSS * 8;
+#pragma unroll 1 // registers are short
+        for (; row < tile_rows; row += (int)blockDim.x / ACROSS)
+            for (int col = begin; col < width; col += ACROSS * 8) {
+                int valid = row < rows && col < cols;
+                cp_async_16(to + row * ld + col, valid ? x + row * ld_x + col : x, valid);
+            }
+    } else {
+        for (int i = (int)threadIdx.x; i < tile_rows * width; i += (int)blockDim.x) {
+            int row = i / width, col = i % width, valid = row < rows && col < cols;
+            to[row * ld + col] = valid ? x[row * ld_x + col] : (real)0.0f;
+        }
+    }
+}
+
+// Rows in shared memory are an odd number of 16 bytes apart, so that ldmatrix meets each bank once.
+template <bool T> constexpr int operand_ld = (T ? TILE : TILE_K) + 8;
+template <bool T> constexpr int operand_size = (T ? TILE_K : TILE) * operand_ld<T>;
+
+template <bool T>
+__device__ static void copy_operand(real *to, const real *x, size_t ld, int m, int k, int wide)
+{
+    if (T) copy_tile<TILE / 8>(to, operand_ld<T>, TILE_K, TILE, x, ld, k, m, wide);
+    else copy_tile<TILE_K / 8>(to, operand_ld<T>, TILE, TILE_K, x, ld, m, k, wide);
+}
+
+// The tile at a(0,0), b(0,0) and c(0,0), of which m rows and n columns exist.
+template <bool A_T, bool B_T, typename Out>
+__device__ static void gemm_tile(Out *c, size_t ldc, const real *a, size_t lda, const real *b,
+                                 size_t ldb, int m, int n, int k, int add, int wide)
+{
+    DYNAMIC_SHARED(real, shared);
+    constexpr int a_size = operand_size<A_T>, stage = a_size + operand_size<!B_T>;
+    constexpr int ld_a = operand_ld<A_T>, ld_b = operand_ld<!B_T>;
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    int row = warp / 2 * WARP_TILE, col = warp % 2 * WARP_TILE, steps = (k + TILE_K - 1) / TILE_K;
+    float acc[WARP_TILE / 16][WARP_TILE / 8][4];
+    for (int i = 0; i < WARP_TILE / 16; i++)
+        for (int j = 0; j < WARP_TILE / 8; j++)
+            for (int e = 0; e < 4; e++) acc[i][j][e] = 0;
+
+    auto fetch = [&](int step) {
+        real *to = shared + step % STAGES * stage;
+        size_t at = (size_t)step * TILE_K;
+        if (step < steps) {
+            copy_operand<A_T>(to, a + at * (A_T ? lda : 1), lda, m, k - (int)at, wide);
+            copy_operand<!B_T>(to + a_size, b + at * (B_T ? 1 : ldb), ldb, n, k - (int)at, wide);
+        }
+        cp_async_commit();
+    };
+    for (int step = 0; step < STAGES - 1; step++) fetch(step);
+    for (int step = 0; step < steps; step++) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads(); // this stage has come, and the one before it has been used
+        fetch(step + STAGES - 1);
+        const real *as = shared + step % STAGES * stage, *bs = as + a_size;
+#pragma unroll
+        for (int p = 0; p < TILE_K; p += 16) {
+            uint32_t af[WARP_TILE / 16][4], bf[WARP_TILE / 16][4];
+#pragma unroll
+            for (int i = 0; i < WARP_TILE / 16; i++)
+                if (A_T) fragment_a_t(af[i], as + p * ld_a + row + 16 * i, ld_a);
+                else fragment_a(af[i], as + (row + 16 * i) * ld_a + p, ld_a);
+#pragma unroll
+            for (int j = 0; j < WARP_TILE / 16; j++)
+                if (B_T) fragment_b(bf[j], bs + (col + 16 * j) * ld_b + p, ld_b);
+                else fragment_b_t(bf[j], bs + p * ld_b + col + 16 * j, ld_b);
+#pragma unroll
+            for (int i = 0; i < WARP_TILE / 16; i++)
+#pragma unroll
+                for (int j = 0; j < WARP_TILE / 8; j++)
+                    mma_16x8x16(acc[i][j], af[i], bf[j / 2] + j % 2 * 2);
+        }
+    }
+    cp_async_wait<0>();
+#pragma unroll
+    for (int i = 0; i < WARP_TILE / 16; i++)
+#pragma unroll
+        for (int j = 0; j < WARP_TILE / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int r = row + 16 * i + lane / 4 + e / 2 * 8, s = col + 8 * j + lane % 4 * 2 + e % 2;
+                if (r >= m || s >= n) continue;
+                Out *to = c + (size_t)r * ldc + s;
+                *to = (Out)(add ? (float)*to + acc[i][j][e] : acc[i][j][e]);
+            }
+}
+
+template <bool A_T, bool B_T> static size_t tile_bytes(void)
+{
+    return STAGES * (operand_size<A_T> + operand_size<!B_T>) * sizeof(real);
+}
+
+#else // float: the same by multiply-adds, 4 x 4 numbers a thread
+
+enum { TILE_THREADS = 256, TILE = 64, TILE_K = 16 };
+
+template <bool A_T, bool B_T, typename Out>
+__device__ static void gemm_tile(Out *c, size_t ldc, const real *a, size_t lda, const real *b,
+                                 size_t ldb, int m, int n, int k, int add, int)
+{
+    SHARED(float, as, [TILE_K][TILE + 1]);
+    SHARED(float, bs, [TILE_K][TILE + 1]);
+    int row = (int)threadIdx.x / 16 * 4, col = (int)threadIdx.x % 16 * 4;
+    float acc[4][4] = {};
+    for (int k0 = 0; k0 < k; k0 += TILE_K) {
+        __syncthreads(); // the strip before has been used
+        for (int i = (int)threadIdx.x; i < TILE * TILE_K; i += TILE_THREADS) {
+            int am = A_T ? i % TILE : i / TILE_K, ak = A_T ? i / TILE : i % TILE_K;
+            int bn = B_T ? i / TILE_K : i % TILE, bk = B_T ? i % TILE_K : i / TILE;
+            size_t a_at = A_T ? (size_t)(k0 + ak) * lda + am : (size_t)am * lda + k0 + ak;
+            size_t b_at = B_T ? (size_t)bn * ldb + k0 + bk : (size_t)(k0 + bk) * ldb + bn;
+            as[ak][am] = am < m && k0 + ak < k ? a[a_at] : 0;
+            bs[bk][bn] = bn < n && k0 + bk < k ? b[b_at] : 0;
+        }
+        __syncthreads();
+        for (int p = 0; p < TILE_K; p++)
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < 4; j++) acc[i][j] += as[p][row + i] * bs[p][col + j];
+    }
+    for (int i = 0; i < 4 && row + i < m; i++)
+        for (int j = 0; j < 4 && col + j < n; j++) {
+            Out *to = c + (size_t)(row + i) * ldc + col + j;
+            *to = add ? *to + acc[i][j] : acc[i][j];
+        }
+}
+
+template <bool A_T, bool B_T> static size_t tile_bytes(void) { return 0; }
+
+#endif
+
+// Blocks [tiles of rows, of all groups together at most; tiles of n].
+template <bool B_T>
+__global__ void __launch_bounds__(TILE_THREADS, 2)
+grouped_rows_kernel(real *c, const real *a, const real *w, const int *offsets, int groups, int n,
+                    int k, int add, int wide)
+{
+    SHARED(int, found, );
+    SHARED(int, skipped, );
+    int tile = (int)blockIdx.y, lane = (int)threadIdx.x;
+    if (threadIdx.x < WARP) { // one warp looks where tile lies, 32 groups at a time
+        int before = 0, group = -1;
+        for (int e0 = 0; e0 < groups && group < 0; e0 += WARP) {
+            int e = e0 + lane, end = 0;
+            int mine = e < groups ? (offsets[e + 1] - offsets[e] + TILE - 1) / TILE : 0;
+            end = mine;
+            for (int d = 1; d < WARP; d *= 2) {
+                int other = __shfl_up_sync(~0u, end, d);
+                if (lane >= d) end += other;
+            }
+            unsigned above = __ballot_sync(~0u, before + end > tile);
+            int first = above ? __ffs((int)above) - 1 : WARP - 1;
+            if (above) group = e0 + first;
+            int total = __shfl_sync(~0u, end, first), last = __shfl_sync(~0u, mine, first);
+            before += above ? total - last : total;
+        }
+        if (lane == 0) found = group, skipped = before;
+    }
+    __syncthreads();
+    if (found < 0) return; // fewer tiles than there might have been
+    int row = offsets[found] + (tile - skipped) * TILE, rows = offsets[found + 1] - row;
+    int col = (int)blockIdx.x * TILE;
+    const real *b = w + (size_t)found * n * k + (size_t)col * (B_T ? k : 1);
+    gemm_tile<false, B_T>(c + (size_t)row * n + col, n, a + (size_t)row * k, k, b, B_T ? k : n,
+                          rows, n - col, k, add, wide);
+}
+
+// Blocks [tiles of I, tiles of O, groups].
+__global__ void __launch_bounds__(TILE_THREADS, 2)
+grouped_weights_kernel(accum *dw, const real *dout, const real *x, const int *offsets, int O, int I,
+                       int wide)
+{
+    int begin = offsets[blockIdx.z], rows = offsets[blockIdx.z + 1] - begin;
+    int o = (int)blockIdx.y * TILE, i = (int)blockIdx.x * TILE;
+    if (rows == 0) return;
+    gemm_tile<true, false>(dw + ((size_t)blockIdx.z * O + o) * I + i, I,
+                           dout + (size_t)begin * O + o, O, x + (size_t)begin * I + i, I, O - o,
+                           I - i, rows, 1, wide);
+}
+
+// No more tiles of rows can there be: each group ends in one that is not full.
+static unsigned most_tiles(Rows r)
+{
+    return (unsigned)(r.rows / TILE + min_size(r.groups, r.rows));
+}
+
+// out = x W^T for each group e: out[n,o] = sum_i x[n,i] W_e[o,i].
+static void matmul_forward(real *out,     // [rows, O], set or added to
+                           const real *x, // [rows, I]
+                           const real *w, // [groups, O, I]
+                           Rows r, size_t O, size_t I, enum Mode mode)
+{
+    METER(r.offsets ? "experts_forward" : __func__, 2.0 * r.rows * O * I,
+          (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
+    if (!r.offsets) {
+        gemm(out, O, x, 0, I, w, 1, I, r.rows, O, I, mode == ADD ? 1.0f : 0.0f);
+        return;
+    }
+    RUN_KERNEL(grouped_rows_kernel<true>, dim3(grid_of(O, TILE), most_tiles(r)), TILE_THREADS,
+               (tile_bytes<false, true>()), out, x, w, r.offsets, (int)r.groups, (int)O, (int)I,
+               mode == ADD, I % WIDE == 0);
+}
+
+// out = x W^T: dx[n,i] = sum_o dout[n,o] W_e[o,i].
+static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r, size_t O, size_t I,
+                              enum Mode mode)
+{
+    METER(r.offsets ? "experts_backward_x" : __func__, 2.0 * r.rows * O * I,
+          (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
+    if (!r.offsets) {
+        gemm(dx, I, dout, 0, O, w, 0, I, r.rows, I, O, mode == ADD ? 1.0f : 0.0f);
+        return;
+    }
+    RUN_KERNEL(grouped_rows_kernel<false>, dim3(grid_of(I, TILE), most_tiles(r)), TILE_THREADS,
+               (tile_bytes<false, false>()), dx, dout, w, r.offsets, (int)r.groups, (int)I, (int)O,
+               mode == ADD, (O | I) % WIDE == 0);
+}
+
+// out = x W^T: dW_e[o,i] += sum_n dout[n,o] x[n,i].
+static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r, size_t O,
+                              size_t I)
+{
+    METER(r.offsets ? "experts_backward_w" : __func__, 2.0 * r.rows * O * I,
+          (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
+    if (!r.offsets) {
+        gemm(dw, I, dout, 1, O, x, 0, I, O, I, r.rows, 1);
+        return;
+    }
+    RUN_KERNEL(grouped_weights_kernel,
+               dim3(grid_of(I, TILE), grid_of(O, TILE), (unsigned)r.groups), TILE_THREADS,
+               (tile_bytes<true, false>()), dw, dout, x, r.offsets, (int)O, (int)I,
+               (O | I) % WIDE == 0);
+}
+
+// out = x / rms(x) * w over rows of C numbers that stand ld_out and ld_x apart. A block a row;
+// reads C twice, the second time from cache, writes C.
+template <int W>
+__global__ void rmsnorm_forward_kernel(real *out, accum *rstd, const real *x, const real *w,
+                                       size_t C, size_t ld_out, size_t ld_x, float eps)
+{
+    const real *xn = x + blockIdx.x * ld_x;
+    real *on = out + blockIdx.x * ld_out;
+    float sum = 0;
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+        Pack<real, W> xi = load<W>(xn + i);
+        for (int j = 0; j < W; j++) sum += (float)xi.x[j] * (float)xi.x[j];
+    }
+    float r = 1 / sqrtf(block_reduce<false>(sum) / (float)C + eps);
+    if (threadIdx.x == 0) rstd[blockIdx.x] = r;
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+        Pack<real, W> xi = load<W>(xn + i), wi = load<W>(w + i);
+        for (int j = 0; j < W; j++) xi.x[j] = (real)((float)xi.x[j] * r * (float)wi.x[j]);
+        store<W>(on + i, xi);
+    }
+}
+
+static void rmsnorm_forward(real *out,     // [N, C]
+                            accum *rstd,   // [N], 1 / rms
+                            const real *x, // [N, C]
+                            const real *w, // [C]
+                            size_t N, size_t C, size_t ld_out, size_t ld_x, double eps)
+{
+    METER(__func__, 0, 2 * N * C * sizeof(real));
+    RUN_WIDE(C | ld_out | ld_x, AT(out) | AT(x) | AT(w), rmsnorm_forward_kernel, grid_of(N, 1),
+             row_threads(C), 0, out, rstd, x, w, C, ld_out, ld_x, (float)eps);
+}
+
+// out_i = x_i r w_i with r = (mean_j x_j^2 + eps)^(-1/2):
+// dx_i = r (dout_i w_i - x_i r^2 mean_j(dout_j w_j x_j)),  dw_i += sum_n dout_i x_i r.
+// A block takes every gridDim-th row and adds up dw of those, each thread of its own columns; reads
+// 2 C (3 C to add), writes C.
+template <int W>
+__global__ void rmsnorm_backward_kernel(real *dx, float *dw_part, const real *dout, const real *x,
+                                        const real *w, const accum *rstd, size_t N, size_t C,
+                                        size_t ld_dout, size_t ld_x, int add)
+{
+    float *part = dw_part + blockIdx.x * C;
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W)
+        for (int j = 0; j < W; j++) part[i + j] = 0;
+    for (size_t n = blockIdx.x; n < N; n += gridDim.x) {
+        const real *xn = x + n * ld_x, *dn = dout + n * ld_dout;
+        real *dxn = dx + n * ld_x;
+        float dot = 0, r = rstd[n];
+        for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+            Pack<real, W> xi = load<W>(xn + i), di = load<W>(dn + i), wi = load<W>(w + i);
+            for (int j = 0; j < W; j++) dot += (float)di.x[j] * (float)wi.x[j] * (float)xi.x[j];
+        }
+        float mean = block_reduce<false>(dot) * r * r / (float)C;
+        for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+            Pack<real, W> xi = load<W>(xn + i), di = load<W>(dn + i), wi = load<W>(w + i), to;
+            if (add) to = load<W>(dxn + i);
+            for (int j = 0; j < W; j++) {
+                float d = (float)di.x[j], at = (float)xi.x[j];
+                float sum = r * (d * (float)wi.x[j] - at * mean);
+                to.x[j] = (real)(add ? (float)to.x[j] + sum : sum);
+                part[i + j] += d * at * r;
+            }
+            store<W>(dxn + i, to);
+        }
+    }
+}
+
+// out[i] += sum_p part[p, i].
+__global__ void add_parts_kernel(float *out, const float *part, size_t parts, size_t n)
+{
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    float sum = 0;
+    if (i >= n) return;
+    for (size_t p = 0; p < parts; p++) sum += part[p * n + i];
+    out[i] += sum;
+}
+
+static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *x, const real *w,
+                             const accum *rstd, size_t N, size_t C, size_t ld_dout, size_t ld_x,
+                             enum Mode mode)
+{
+    METER(__func__, 0, 3 * N * C * sizeof(real));
+    size_t parts = min_size(N, 528); // four blocks for each multiprocessor of an H100
+    float *part = (float *)scratch(parts * C * sizeof(float));
+    RUN_WIDE(C | ld_dout | ld_x, AT(dx) | AT(dout) | AT(x) | AT(w), rmsnorm_backward_kernel,
+             grid_of(parts, 1), row_threads(C), 0, dx, part, dout, x, w, rstd, N, C, ld_dout,
+             ld_x, mode == ADD);
+    RUN_KERNEL(add_parts_kernel, grid_of(C, BLOCK), BLOCK, 0, dw, part, parts, C);
+}
+
+// act = silu(gate) * up, silu(z) = z sigmoid(z). Reads 2, writes 1.
+template <int W>
+__global__ void swiglu_forward_kernel(real *act, const real *gate, const real *up, size_t n)
+{
+    FOR_PACKS(i, n) {
+        Pack<real, W> g = load<W>(gate + i), u = load<W>(up + i);
+        for (int j = 0; j < W; j++) {
+            float z = (float)g.x[j];
+            u.x[j] = (real)(z * sigmoid(z) * (float)u.x[j]);
+        }
+        store<W>(act + i, u);
+    }
+}
+
+static void swiglu_forward(real *act,        // [n]
+                           const real *gate, // [n]
+                           const real *up,   // [n]
+                           size_t n)
+{
+    METER(__func__, 0, 3 * n * sizeof(real));
+    RUN_WIDE(n, AT(act) | AT(gate) | AT(up), swiglu_forward_kernel, grid_of(n, BLOCK * WIDE),
+             BLOCK, 0, act, gate, up, n);
+}
+
+// act = silu(gate) up; silu'(z) = s + z s (1 - s) with s = sigmoid(z). Reads 3, writes 2.
+template <int W>
+__global__ void swiglu_backward_kernel(real *dgate, real *dup, const real *dact, const real *gate,
+                                       const real *up, size_t n)
+{
+    FOR_PACKS(i, n) {
+        Pack<real, W> d = load<W>(dact + i), g = load<W>(gate + i), u = load<W>(up + i);
+        for (int j = 0; j < W; j++) {
+            float z = (float)g.x[j], s = sigmoid(z), silu = z * s, di = (float)d.x[j];
+            g.x[j] = (real)(di * (float)u.x[j] * (s + silu * (1 - s)));
+            u.x[j] = (real)(di * silu);
+        }
+        store<W>(dgate + i, g);
+        store<W>(dup + i, u);
+    }
+}
+
+static void swiglu_backward(real *dgate, real *dup, const real *dact, const real *gate,
+                            const real *up, size_t n)
+{
+    METER(__func__, 0, 5 * n * sizeof(real));
+    RUN_WIDE(n, AT(dgate) | AT(dup) | AT(dact) | AT(gate) | AT(up), swiglu_backward_kernel,
+             grid_of(n, BLOCK * WIDE), BLOCK, 0, dgate, dup, dact, gate, up, n);
+}
+
+// out[n] = w[token[n]]. Reads and writes C a row.
+template <int W>
+__global__ void embedding_forward_kernel(real *out, const int *token, const real *w, size_t C)
+{
+    const real *from = w + (size_t)token[blockIdx.x] * C;
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W)
+        store<W>(out + blockIdx.x * C + i, load<W>(from + i));
+}
+
+static void embedding_forward(real *out,        // [N, C]
+                              const int *token, // [N]
+                              const real *w,    // [V, C]
+                              size_t N, size_t C)
+{
+    METER(__func__, 0, 2 * N * C * sizeof(real));
+    RUN_WIDE(C, AT(out) | AT(w), embedding_forward_kernel, grid_of(N, 1), row_threads(C), 0,
+             out, token, w, C);
+}
+
+// first[n]: whether no token before n is the same. A warp a token.
+__global__ void embedding_first_kernel(int *first, const int *token, size_t N)
+{
+    size_t n = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
+    int lane = (int)threadIdx.x % WARP, mine = n < N ? token[n] : 0;
+    unsigned same = n >= N;
+    for (size_t i = 0; i < n && !same; i += WARP)
+        same = __ballot_sync(~0u, i + lane < n && token[i + lane] == mine);
+    if (lane == 0 && n < N) first[n] = !same;
+}
+
+// out[n] = w[token[n]]: dw[token[n]] += dout[n]. A block has the first n of its token and a strip
+// of columns; each of its warps adds up an eighth of the rows of that token, then the sums are
+// added in order. Reads C a row, adds 4 C bytes a token; the tokens themselves come from L2.
+template <int W>
+__global__ void embedding_backward_kernel(accum *dw, const real *dout, const int *token,
+                                          const int *first, size_t N, size_t C)
+{
+    enum { WARPS = BLOCK / WARP };
+    SHARED(float, part, [WARPS][WARP * W]);
+    size_t n = blockIdx.x, strip = (size_t)blockIdx.y * WARP * W;
+    if (!first[n]) return;
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, mine = token[n];
+    size_t share = ((N - n) / WARPS / WARP + 1) * WARP, begin = n + warp * share;
+    size_t end = begin + share < N ? begin + share : N, col = strip + (size_t)lane * W;
+    float sum[W] = {};
+    for (size_t i = begin; i < end; i += WARP) {
+        unsigned same = __ballot_sync(~0u, i + lane < end && token[i + lane] == mine);
+        for (; same; same &= same - 1) {
+            size_t row = i + (size_t)__ffs((int)same) - 1;
+            if (col >= C) continue;
+            Pack<real, W> d = load<W>(dout + row * C + col);
+            for (int j = 0; j < W; j++) sum[j] += (float)d.x[j];
+        }
+    }
+    for (int j = 0; j < W; j++) part[warp][lane * W + j] = sum[j];
+    __syncthreads();
+    for (size_t i = threadIdx.x; i < WARP * W && strip + i < C; i += BLOCK) {
+        float all = 0;
+        for (int p = 0; p < WARPS; p++) all += part[p][i];
+        dw[(size_t)mine * C + strip + i] += all;
+    }
+}
+
+static void embedding_backward(accum *dw, const real *dout, const int *token, size_t N, size_t C)
+{
+    METER(__func__, 0, 2 * N * C * sizeof(real));
+    int *first = (int *)scratch(N * sizeof(int));
+    RUN_KERNEL(embedding_first_kernel, grid_of(N, BLOCK / WARP), BLOCK, 0, first, token, N);
+    RUN_WIDE(C, AT(dout), embedding_backward_kernel,
+             dim3((unsigned)N, grid_of(C, WARP * (C % WIDE || AT(dout) % 16 ? 1 : WIDE))), BLOCK,
+             0, dw, dout, token, first, N, C);
+}
+
+// Rows of a longer sequence that a shorter one keeps: out[b,t] = in[b,t] for t < T.
+static void crop_forward(real *out,      // [B, T, C]
+                         const real *in, // [B, Tin, C], Tin >= T
+                         size_t B, size_t T, size_t Tin, size_t C)
+{
+    size_t row = C * sizeof(real);
+    CUDA(cudaMemcpy2DAsync(out, T * row, in, Tin * row, T * row, B, cudaMemcpyDeviceToDevice));
+}
+
+// out[b,t] = in[b,t]: din[b,t] = dout[b,t] for t < T, 0 after.
+static void crop_backward(real *din, const real *dout, size_t B, size_t T, size_t Tin, size_t C)
+{
+    size_t row = C * sizeof(real);
+    device_zero(din, B * Tin * row);
+    CUDA(cudaMemcpy2DAsync(din, Tin * row, dout, T * row, T * row, B, cudaMemcpyDeviceToDevice));
+}
+
+// Turns the pair (x_2j, x_2j+1) of a row at position p by the angle p theta_j, whose cosine and
+// sine stand in table[p][2j], table[p][2j+1]; backwards if sign is -1. A row holds `heads` vectors
+// that stand `head` apart. out may be x. A thread a pair; reads and writes it.
+__global__ void rope_kernel(real *out, const real *x, const int *pos, const accum *table,
+                            float sign, size_t N, size_t heads, size_t Dr, size_t ld_out,
+                            size_t ld_x, size_t head)
+{
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, pairs = Dr / 2;
+    if (i >= N * heads * pairs) return;
+    size_t n = i / (heads * pairs), h = i / pairs % heads, j = i % pairs * 2;
+    const accum *angle = table + (size_t)pos[n] * Dr + j;
+    const real *from = x + n * ld_x + h * head + j;
+    real *to = out + n * ld_out + h * head + j;
+    float even = (float)from[0], odd = (float)from[1], cosine = angle[0], sine = sign * angle[1];
+    to[0] = (real)(even * cosine - odd * sine);
+    to[1] = (real)(even * sine + odd * cosine);
+}
+
+static void rope_turn(real *out, const real *x, const int *pos, const accum *table, accum sign,
+                      size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
+{
+    RUN_KERNEL(rope_kernel, grid_of(N * heads * (Dr / 2), BLOCK), BLOCK, 0, out, x, pos, table,
+               sign, N, heads, Dr, ld_out, ld_x, head);
+}
+
+// Rotary position embedding: out = R(p) x.
+static void rope_forward(real *out,          // [N, heads, Dr], rows ld_out apart
+                         const real *x,      // [N, heads, Dr], rows ld_x apart
+                         const int *pos,     // [N]
+                         const accum *table, // [Tmax, Dr]
+                         size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
+{
+    METER(__func__, 0, 2 * N * heads * Dr * sizeof(real));
+    rope_turn(out, x, pos, table, 1, N, heads, Dr, ld_out, ld_x, head);
+}
+
+// out = R(p) x: dx = R(p)^T dout, the turn backwards. dx may be dout.
+static void rope_backward(real *dx, const real *dout, const int *pos, const accum *table, size_t N,
+                          size_t heads, size_t Dr, size_t ld_dx, size_t ld_dout, size_t head)
+{
+    METER(__func__, 0, 2 * N * heads * Dr * sizeof(real));
+    rope_turn(dx, dout, pos, table, -1, N, heads, Dr, ld_dx, ld_dout, head);
+}
+
+// Causal attention. Per head, with k_t = [k_nope_t; k_pe_t] and k_pe shared by all heads:
+//     out_t = sum_{u <= t} p_tu v_u,   p_tu = exp(scale q_t . k_u - lse_t).
+// A block has a few queries of one head and goes through the keys they see, tile by tile
+// (FlashAttention): it keeps for each query the largest score so far and, relative to that, the
+// sums of exp and of exp v. Backward, a block goes through the keys for the sake of dq; or it has a
+// few keys and goes through the queries that see them, for dk and dv. The scores are computed twice
+// so, but nothing needs to be added up by several blocks.
+
+// Where a head's rows stand: queries q[T, Dq] with dout or out [T, Dv], keys [T, Dn] and [T, Dr]
+// with values [T, Dv], all `..._ld` apart.
+typedef struct {
+    const real *q, *o, *k, *k_pe, *v; // o: out or dout
+    size_t q_ld, o_ld, kv_ld, k_pe_ld;
+} Head;
+
+typedef struct {
+    int T, NH, Dn, Dr, Dv;
+    float scale;
+    int wide; // copies of 16 bytes are possible
+} AttentionSizes;
+
+__device__ static Head head_of(const real *q, const real *o, const real *kv, const real *k_pe,
+                               AttentionSizes s)
+{
+    size_t NH = s.NH, b = blockIdx.x / NH * s.T, h = blockIdx.x % NH;
+    Head a;
+    a.q_ld = NH * (s.Dn + s.Dr), a.o_ld = NH * s.Dv, a.kv_ld = NH * (s.Dn + s.Dv), a.k_pe_ld = s.Dr;
+    a.q = q + b * a.q_ld + h * (s.Dn + s.Dr);
+    a.o = o ? o + b * a.o_ld + h * s.Dv : o;
+    a.k = kv + b * a.kv_ld + h * (s.Dn + s.Dv);
+    a.v = a.k + s.Dn;
+    a.k_pe = k_pe + b * s.Dr;
+    return a;
+}
+
+// Any sizes, by multiply-adds: 4 warps with 4 rows each, tiles of 32, a lane each. What a block
+// holds in shared memory is float.
+enum { ROWS = 16, LANES = WARP, ATTENTION_THREADS = 128 };
+
+__device__ static void copy_rows(float *to, int ld, const real *x, size_t ld_x, int begin, int rows,
+                                 int T, int cols)
+{
+    for (int i = (int)threadIdx.x; i < rows * cols; i += (int)blockDim.x) {
+        int row = i / cols, col = i % cols, at = begin + row;
+        to[row * ld + col] = at < T ? (float)x[(size_t)at * ld_x + col] : 0.0f;
+    }
+}
+
+// Rows begin .. begin + rows of queries and dout (out), or of keys and values.
+__device__ static void copy_pair(float *x, int ld_x, float *y, int ld_y, const Head &a, int begin,
+                                 int rows, int keys, AttentionSizes s)
+{
+    if (keys) {
+        copy_rows(x, ld_x, a.k, a.kv_ld, begin, rows, s.T, s.Dn);
+        copy_rows(x + s.Dn, ld_x, a.k_pe, a.k_pe_ld, begin, rows, s.T, s.Dr);
+        copy_rows(y, ld_y, a.v, a.kv_ld, begin, rows, s.T, s.Dv);
+    } else {
+        copy_rows(x, ld_x, a.q, a.q_ld, begin, rows, s.T, s.Dn + s.Dr);
+        if (a.o) copy_rows(y, ld_y, a.o, a.o_ld, begin, rows, s.T, s.Dv);
+    }
+}
+
+__device__ static float dot(const float *x, const float *y, int n)
+{
+    float sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i] * y[i];
+    return sum;
+}
+
+// to[j] += sum_lane weight x[lane, j], lane l for each j with j % 32 == l. weights [LANES] is this
+// warp's place for what the lanes have.
+__device__ static void add_weighted(float *to, float *weights, float weight, const float *x, int ld,
+                                    int n)
+{
+    int lane = (int)threadIdx.x % WARP;
+    __syncwarp(); // the weights before have been used
+    weights[lane] = weight;
+    __syncwarp();
+    for (int j = lane; j < n; j += WARP) {
+        float sum = 0;
+        for (int u = 0; u < LANES; u++) sum += weights[u] * x[u * ld + j];
+        to[j] += sum;
+    }
+}
+
+// Blocks [B NH, tiles of ROWS queries]. T (Dq + Dv) FLOPs a query and head; reads the keys and
+// values of T / 2 tokens a block, on average, from L2.
+__global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_forward_kernel(real *out, accum *lse, const real *q, const real *kv, const real *k_pe,
+                         AttentionSizes s)
+{
+    DYNAMIC_SHARED(float, shared);
+    SHARED(float, weights, [ATTENTION_THREADS / WARP][LANES]);
+    Head a = head_of(q, NULL, kv, k_pe, s);
+    int Dq = s.Dn + s.Dr, Dv = s.Dv, ld_k = Dq + 1, ld_v = Dv + 1;
+    float *qs = shared, *os = qs + ROWS * Dq, *ks = os + ROWS * Dv, *vs = ks + LANES * ld_k;
+    int first = (int)blockIdx.y * ROWS, warp = (int)threadIdx.x / WARP;
+    int lane = (int)threadIdx.x % WARP, end = min(first + ROWS, s.T);
+    float max[ROWS / 4], sum[ROWS / 4];
+    for (int i = 0; i < ROWS / 4; i++) max[i] = -INFINITY, sum[i] = 0;
+    copy_pair(qs, Dq, NULL, 0, a, first, ROWS, 0, s);
+    for (int i = (int)threadIdx.x; i < ROWS * Dv; i += ATTENTION_THREADS) os[i] = 0;
+    for (int u0 = 0; u0 < end; u0 += LANES) {
+        __syncthreads(); // the tile before has been used
+        copy_pair(ks, ld_k, vs, ld_v, a, u0, LANES, 1, s);
+        __syncthreads();
+        for (int i = 0; i < ROWS / 4; i++) {
+            int row = warp * (ROWS / 4) + i, t = first + row, u = u0 + lane;
+            float score = s.scale * dot(qs + row * Dq, ks + lane * ld_k, Dq);
+            if (u > t) score = -INFINITY;
+            float most = fmaxf(max[i], warp_max(score));
+            float shrink = expf(max[i] - most), p = expf(score - most);
+            sum[i] = sum[i] * shrink + warp_sum(p);
+            max[i] = most;
+            for (int j = lane; j < Dv; j += WARP) os[row * Dv + j] *= shrink;
+            add_weighted(os + row * Dv, weights[warp], p, vs, ld_v, Dv);
+        }
+    }
+    real *to = out + (a.v - kv - s.Dn) / (s.Dn + Dv) * Dv;
+    for (int i = 0; i < ROWS / 4; i++) {
+        int row = warp * (ROWS / 4) + i, t = first + row;
+        if (t >= s.T) break;
+        for (int j = lane; j < Dv; j += WARP)
+            to[(size_t)t * s.NH * Dv + j] = (real)(os[row * Dv + j] / sum[i]);
+        if (lane == 0) lse[(size_t)blockIdx.x * s.T + t] = max[i] + logf(sum[i]);
+    }
+}
+
+// delta_t = dout_t . out_t. A warp a query and head; reads 2 Dv.
+__global__ void attention_delta_kernel(accum *delta, const real *dout, const real *out, size_t rows,
+                                       int T, int NH, int Dv)
+{
+    size_t row = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP; // [B, T, NH]
+    if (row >= rows) return;
+    float sum = 0;
+    for (int j = (int)threadIdx.x % WARP; j < Dv; j += WARP)
+        sum += (float)dout[row * Dv + j] * (float)out[row * Dv + j];
+    sum = warp_sum(sum);
+    size_t t = row / NH % T, bh = row / NH / T * NH + row % NH;
+    if (threadIdx.x % WARP == 0) delta[bh * T + t] = sum;
+}
+
+// out_t = sum_u p_tu v_u, p = softmax(scale q k^T), so with dp_tu = dout_t . v_u
+//     dv_u += sum_t p_tu dout_t,     ds_tu = scale p_tu (dp_tu - dout_t . out_t),
+//     dq_t  = sum_u ds_tu k_u,       dk_u += sum_t ds_tu q_t.
+// Blocks [B NH, tiles of ROWS keys or queries]: x, y are its keys and values, and queries and dout
+// pass by as xs, ys; or the other way round. T (2 Dq + 2 Dv) FLOPs a key and head, T (2 Dq + Dv) a
+// query and head.
+template <bool KEYS>
+__global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *dout,
+                          const accum *delta, const accum *lse, const real *q, const real *kv,
+                          const real *k_pe, AttentionSizes s)
+{
+    DYNAMIC_SHARED(float, shared);
+    SHARED(float, weights, [ATTENTION_THREADS / WARP][LANES]);
+    Head a = head_of(q, dout, kv, k_pe, s);
+    int Dq = s.Dn + s.Dr, Dv = s.Dv, ld_x = Dq + 1, ld_y = Dv + 1;
+    float *x = shared, *y = x + ROWS * Dq, *dx = y + ROWS * Dv, *dy = dx + ROWS * Dq;
+    float *xs = dy + ROWS * Dv, *ys = xs + LANES * ld_x;
+    int first = (int)blockIdx.y * ROWS, warp = (int)threadIdx.x / WARP;
+    int lane = (int)threadIdx.x % WARP, end = KEYS ? s.T : min(first + ROWS, s.T);
+    lse += (size_t)blockIdx.x * s.T, delta += (size_t)blockIdx.x * s.T;
+    copy_pair(x, Dq, y, Dv, a, first, ROWS, KEYS, s);
+    for (int i = (int)threadIdx.x; i < ROWS * (Dq + Dv); i += ATTENTION_THREADS) dx[i] = 0;
+    for (int at = KEYS ? first / LANES * LANES : 0; at < end; at += LANES) {
+        __syncthreads(); // the tile before has been used
+        copy_pair(xs, ld_x, ys, ld_y, a, at, LANES, !KEYS, s);
+        __syncthreads();
+        for (int i = 0; i < ROWS / 4; i++) {
+            int row = warp * (ROWS / 4) + i;
+            int t = KEYS ? at + lane : first + row, u = KEYS ? first + row : at + lane;
+            float p = 0, ds = 0;
+            if (u <= t && t < s.T) {
+                p = expf(s.scale * dot(x + row * Dq, xs + lane * ld_x, Dq) - lse[t]);
+                ds = s.scale * p * (dot(y + row * Dv, ys + lane * ld_y, Dv) - delta[t]);
+            }
+            add_weighted(dx + row * Dq, weights[warp], ds, xs, ld_x, Dq);
+            if (KEYS) add_weighted(dy + row * Dv, weights[warp], p, ys, ld_y, Dv);
+        }
+    }
+    for (int i = 0; i < ROWS / 4; i++) {
+        int row = warp * (ROWS / 4) + i, t = first + row;
+        if (t >= s.T) break;
+        real *dq_t = dq + (a.q - q) + t * a.q_ld, *dk_t = dkv + (a.k - kv) + t * a.kv_ld;
+        real *dr_t = dk_pe_heads + ((size_t)blockIdx.x * s.T + t) * s.Dr;
+        for (int j = lane; j < Dq; j += WARP)
+            *(!KEYS ? dq_t + j : j < s.Dn ? dk_t + j : dr_t + j - s.Dn) = (real)dx[row * Dq + j];
+        for (int j = lane; j < Dv && KEYS; j += WARP) dk_t[s.Dn + j] = (real)dy[row * Dv + j];
+    }
+}
+
+// dk_pe = sum over heads of dk_pe_heads. A thread a number; reads NH, writes 1.
+__global__ void sum_heads_kernel(real *dk_pe, const real *dk_pe_heads, size_t n, int T, int NH,
+                                 int Dr)
+{
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, bt = i / Dr;
+    float sum = 0;
+    if (i >= n) return;
+    for (int h = 0; h < NH; h++)
+        sum += (float)dk_pe_heads[((bt / T * NH + h) * T + bt % T) * Dr + i % Dr];
+    dk_pe[i] = (real)sum;
+}
+
+#ifdef MOE_BF16 // the same by tensor cores, for head sizes up to DQ and DV
+enum { FLASH_THREADS = 128, FLASH = 64, PASSING = 32 }; // rows of a block, 16 a warp; passing by
+
+// Rows of keys and values, or of queries and dout (out), to shared memory, as copy_tile does.
+template <int DQ, int DV>
+__device__ static void copy_heads(real *x, real *y, const Head &a, int begin, int rows, int keys,
+                                  AttentionSizes s)
+{
+    constexpr int LQ = DQ + 8, LV = DV + 8;
+    int left = s.T - begin;
+    size_t at = (size_t)begin;
+    if (keys) {
+        copy_tile<8>(x, LQ, rows, s.Dn, a.k + at * a.kv_ld, a.kv_ld, left, s.Dn, s.wide);
+        copy_tile<8>(x + s.Dn, LQ, rows, DQ - s.Dn, a.k_pe + at * a.k_pe_ld, a.k_pe_ld, left, s.Dr,
+                     s.wide);
+        copy_tile<8>(y, LV, rows, DV, a.v + at * a.kv_ld, a.kv_ld, left, s.Dv, s.wide);
+    } else {
+        copy_tile<8>(x, LQ, rows, DQ, a.q + at * a.q_ld, a.q_ld, left, s.Dn + s.Dr, s.wide);
+        if (a.o) copy_tile<8>(y, LV, rows, DV, a.o + at * a.o_ld, a.o_ld, left, s.Dv, s.wide);
+    }
+}
+
+// Columns 16 k .. 16 k + 15 of an accumulator, rounded, are a fragment of the next product's a.
+__device__ static void fragment_of(uint32_t r[4], const float (*acc)[4], int k)
+{
+    for (int i = 0; i < 4; i++)
+        r[i] = pack_bf16(acc[2 * k + i / 2][i % 2 * 2], acc[2 * k + i / 2][i % 2 * 2 + 1]);
+}
+
+// An accumulator of 16 rows and 8 n columns, times scale[0] in its upper and scale[1] in its lower
+// rows, to shared memory.
+template <int N>
+__device__ static void spill(real *to, int ld, const float (&acc)[N][4], const float scale[2])
+{
+    int lane = (int)threadIdx.x % WARP;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+            Pack<real, 2> pair = {{(real)(acc[n][e] * scale[e / 2]),
+                                   (real)(acc[n][e + 1] * scale[e / 2])}};
+            store<2>(to + (lane / 4 + e / 2 * 8) * ld + 8 * n + lane % 4 * 2, pair);
+        }
+}
+
+// A warp's 16 rows from shared memory, as many as exist.
+__device__ static void store_rows(real *to, size_t ld_to, const real *x, int ld, int rows, int cols,
+                                  int wide)
+{
+    int lane = (int)threadIdx.x % WARP, across = wide ? cols / 8 : cols;
+    for (int i = lane; i < min(rows, 16) * across; i += WARP) {
+        int row = i / across, col = i % across;
+        if (wide) store<8>(to + row * ld_to + col * 8, load<8>(x + row * ld + col * 8));
+        else to[row * ld_to + col] = x[row * ld + col];
+    }
+}
+
+// Blocks [B NH, tiles of queries], the longest first. While keys are used the next arrive.
+template <int DQ, int DV>
+__global__ void __launch_bounds__(FLASH_THREADS, 2)
+flash_forward_kernel(real *out, accum *lse, const real *q, const real *kv, const real *k_pe,
+                     AttentionSizes s)
+{
+    constexpr int LQ = DQ + 8, LV = DV + 8;
+    static_assert(DV <= DQ, "out goes where the queries stood");
+    DYNAMIC_SHARED(real, ks); // two tiles; in the place of the second at first queries, last out
+    real *qs = ks + FLASH * LQ, *vs = ks + 2 * FLASH * LQ;
+    Head a = head_of(q, NULL, kv, k_pe, s);
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, row = 16 * warp;
+    int first = (int)(gridDim.y - 1 - blockIdx.y) * FLASH, tiles = first / FLASH + 1;
+    float log2_scale = s.scale * 1.44269504f; // exp(x) is exp2(x log2 e)
+    float o[DV / 8][4] = {}, max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    uint32_t qf[DQ / 16][4];
+    copy_heads<DQ, DV>(qs, NULL, a, first, FLASH, 0, s);
+    copy_heads<DQ, DV>(ks, vs, a, 0, FLASH, 1, s);
+    cp_async_commit();
+    for (int tile = 0; tile < tiles; tile++) {
+        const real *kt = ks + tile % 2 * FLASH * LQ, *vt = vs + tile % 2 * FLASH * LV;
+        int next = (tile + 1) % 2;
+        cp_async_wait<0>();
+        __syncthreads(); // this tile has come, and the one before it has been used
+        if (tile == 0) {
+#pragma unroll
+            for (int p = 0; p < DQ / 16; p++) fragment_a(qf[p], qs + row * LQ + 16 * p, LQ);
+            __syncthreads(); // the queries are in registers
+        }
+        if (tile + 1 < tiles)
+            copy_heads<DQ, DV>(ks + next * FLASH * LQ, vs + next * FLASH * LV, a,
+                               (tile + 1) * FLASH, FLASH, 1, s);
+        cp_async_commit();
+        // scores: 16 queries x 64 keys a warp
+        float sc[FLASH / 8][4] = {};
+#pragma unroll
+        for (int p = 0; p < DQ / 16; p++)
+#pragma unroll
+            for (int j = 0; j < FLASH / 16; j++) {
+                uint32_t kf[4];
+                fragment_b(kf, kt + 16 * j * LQ + 16 * p, LQ);
+                mma_16x8x16(sc[2 * j], qf[p], kf);
+                mma_16x8x16(sc[2 * j + 1], qf[p], kf + 2);
+            }
+        if (tile == tiles - 1) // the diagonal
+#pragma unroll
+            for (int j = 0; j < FLASH / 8; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (8 * j + lane % 4 * 2 + e % 2 > row + lane / 4 + e / 2 * 8)
+                        sc[j][e] = -INFINITY;
+        // softmax: four lanes share a row
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float most = max[half], total = 0;
+#pragma unroll
+            for (int j = 0; j < FLASH / 8; j++)
+                most = fmaxf(most, fmaxf(sc[j][2 * half], sc[j][2 * half + 1]));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            float shrink = exp2f((max[half] - most) * log2_scale);
+#pragma unroll
+            for (int j = 0; j < FLASH / 8; j++)
+#pragma unroll
+                for (int e = 2 * half; e < 2 * half + 2; e++) {
+                    sc[j][e] = exp2f(sc[j][e] * log2_scale - most * log2_scale);
+                    total += sc[j][e];
+                }
+            sum[half] = sum[half] * shrink + total; // of this lane's columns
+            max[half] = most;
+#pragma unroll
+            for (int n = 0; n < DV / 8; n++) o[n][2 * half] *= shrink, o[n][2 * half + 1] *= shrink;
+        }
+#pragma unroll
+        for (int k = 0; k < FLASH / 16; k++) {
+            uint32_t pf[4];
+            fragment_of(pf, sc, k);
+#pragma unroll
+            for (int n = 0; n < DV / 16; n++) {
+                uint32_t vf[4];
+                fragment_b_t(vf, vt + 16 * k * LV + 16 * n, LV);
+                mma_16x8x16(o[2 * n], pf, vf);
+                mma_16x8x16(o[2 * n + 1], pf, vf + 2);
+            }
+        }
+    }
+    cp_async_wait<0>();
+    __syncthreads(); // the last tile has been used
+    for (int half = 0; half < 2; half++) {
+        sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+        sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+        int t = first + row + lane / 4 + half * 8;
+        if (t < s.T && lane % 4 == 0)
+            lse[(size_t)blockIdx.x * s.T + t] = max[half] * s.scale + logf(sum[half]);
+        sum[half] = 1 / sum[half];
+    }
+    spill(qs + row * LQ, LQ, o, sum);
+    __syncwarp();
+    size_t NH = s.NH, t = blockIdx.x / NH * s.T + first + row;
+    store_rows(out + (t * NH + blockIdx.x % NH) * s.Dv, NH * s.Dv, qs + row * LQ, LQ,
+               s.T - first - row, s.Dv, s.wide);
+}
+
+// As attention_backward_kernel. 16 rows a warp, which keeps their dx (and dy) in registers.
+template <int DQ, int DV, bool KEYS>
+__global__ void __launch_bounds__(FLASH_THREADS, 2)
+flash_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *dout, const accum *delta,
+                      const accum *lse, const real *q, const real *kv, const real *k_pe,
+                      AttentionSizes s)
+{
+    constexpr int LQ = DQ + 8, LV = DV + 8;
+    DYNAMIC_SHARED(real, shared);
+    real *x = shared, *y = x + FLASH * LQ, *xs = y + FLASH * LV, *ys = xs + 2 * PASSING * LQ;
+    Head a = head_of(q, dout, kv, k_pe, s);
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, row = 16 * warp;
+    int first = (int)(KEYS ? blockIdx.y : gridDim.y - 1 - blockIdx.y) * FLASH;
+    int begin = KEYS ? first : 0, end = KEYS ? s.T : min(first + FLASH, s.T);
+    float log2_scale = s.scale * 1.44269504f;
+    float dx[DQ / 8][4] = {}, dy[KEYS ? DV / 8 : 1][4] = {};
+    lse += (size_t)blockIdx.x * s.T, delta += (size_t)blockIdx.x * s.T;
+    copy_heads<DQ, DV>(x, y, a, first, FLASH, KEYS, s);
+    copy_heads<DQ, DV>(xs, ys, a, begin, PASSING, !KEYS, s);
+    cp_async_commit();
+    for (int at = begin, stage = 0; at < end; at += PASSING, stage ^= 1) {
+        const real *xt = xs + stage * PASSING * LQ, *yt = ys + stage * PASSING * LV;
+        cp_async_wait<0>();
+        __syncthreads(); // this tile has come, and the one before it has been used
+        if (at + PASSING < end)
+            copy_heads<DQ, DV>(xs + (stage ^ 1) * PASSING * LQ, ys + (stage ^ 1) * PASSING * LV, a,
+                               at + PASSING, PASSING, !KEYS, s);
+        cp_async_commit();
+        float p[PASSING / 8][4] = {}, ds[PASSING / 8][4] = {};
+#pragma unroll 2
+        for (int k = 0; k < DQ / 16; k++) {
+            uint32_t af[4], bf[4];
+            fragment_a(af, x + row * LQ + 16 * k, LQ);
+#pragma unroll
+            for (int j = 0; j < PASSING / 16; j++) {
+                fragment_b(bf, xt + 16 * j * LQ + 16 * k, LQ);
+                mma_16x8x16(p[2 * j], af, bf);
+                mma_16x8x16(p[2 * j + 1], af, bf + 2);
+            }
+        }
+#pragma unroll 2
+        for (int k = 0; k < DV / 16; k++) {
+            uint32_t af[4], bf[4];
+            fragment_a(af, y + row * LV + 16 * k, LV);
+#pragma unroll
+            for (int j = 0; j < PASSING / 16; j++) {
+                fragment_b(bf, yt + 16 * j * LV + 16 * k, LV);
+                mma_16x8x16(ds[2 * j], af, bf);
+                mma_16x8x16(ds[2 * j + 1], af, bf + 2);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < PASSING / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int mine = first + row + lane / 4 + e / 2 * 8;
+                int passing = at + 8 * j + lane % 4 * 2 + e % 2;
+                int t = KEYS ? passing : mine, u = KEYS ? mine : passing;
+                int seen = u <= t && t < s.T, safe = min(t, s.T - 1);
+                float weight = exp2f(p[j][e] * log2_scale - lse[safe] * 1.44269504f);
+                p[j][e] = seen ? weight : 0;
+                ds[j][e] = seen ? s.scale * weight * (ds[j][e] - delta[safe]) : 0;
+            }
+#pragma unroll
+        for (int k = 0; k < PASSING / 16; k++) {
+            uint32_t af[4], bf[4];
+            fragment_of(af, ds, k);
+#pragma unroll
+            for (int n = 0; n < DQ / 16; n++) {
+                fragment_b_t(bf, xt + 16 * k * LQ + 16 * n, LQ);
+                mma_16x8x16(dx[2 * n], af, bf);
+                mma_16x8x16(dx[2 * n + 1], af, bf + 2);
+            }
+            if (!KEYS) continue;
+            fragment_of(af, p, k);
+#pragma unroll
+            for (int n = 0; n < DV / 16; n++) {
+                fragment_b_t(bf, yt + 16 * k * LV + 16 * n, LV);
+                mma_16x8x16(dy[KEYS ? 2 * n : 0], af, bf);
+                mma_16x8x16(dy[KEYS ? 2 * n + 1 : 0], af, bf + 2);
+            }
+        }
+    }
+    cp_async_wait<0>();
+    const float one[2] = {1, 1};
+    real *xw = x + row * LQ, *yw = y + row * LV; // only this warp read them
+    int rows = s.T - first - row;
+    size_t t = (size_t)(first + row);
+    __syncwarp();
+    spill(xw, LQ, dx, one);
+    if (KEYS) spill(yw, LV, dy, one);
+    __syncwarp();
+    if (!KEYS) {
+        store_rows(dq + (a.q - q) + t * a.q_ld, a.q_ld, xw, LQ, rows, s.Dn + s.Dr, s.wide);
+        return;
+    }
+    real *dk = dkv + (a.k - kv) + t * a.kv_ld;
+    store_rows(dk, a.kv_ld, xw, LQ, rows, s.Dn, s.wide);
+    store_rows(dk + s.Dn, a.kv_ld, yw, LV, rows, s.Dv, s.wide);
+    store_rows(dk_pe_heads + ((size_t)blockIdx.x * s.T + t) * s.Dr, s.Dr, xw + s.Dn, LQ, rows, s.Dr,
+               s.wide);
+}
+
+#define RUN_FLASH_FORWARD(DQ, DV, ...) \
+    RUN_KERNEL((flash_forward_kernel<DQ, DV>), grid, FLASH_THREADS, \
+               2 * FLASH * (DQ + DV + 16) * sizeof(real), __VA_ARGS__)
+#define RUN_FLASH_BACKWARD(DQ, DV, KEYS, ...) \
+    RUN_KERNEL((flash_backward_kernel<DQ, DV, KEYS>), grid, FLASH_THREADS, \
+               (FLASH + 2 * PASSING) * (DQ + DV + 16) * sizeof(real), __VA_ARGS__)
+#endif // MOE_BF16
+
+static void attention_forward(real *out,        // [B, T, NH, Dv]
+                              accum *lse,       // [B, NH, T], log of the softmax's denominator
+                              const real *q,    // [B, T, NH, Dn + Dr]
+                              const real *kv,   // [B, T, NH, Dn + Dv], k_nope then v
+                              const real *k_pe, // [B, T, Dr]
+                              size_t B, size_t T, size_t NH, size_t Dn, size_t Dr, size_t Dv,
+                              double scale)
+{
+    METER(__func__, (double)(B * NH * T * T) * (double)(Dn + Dr + Dv),
+          B * T * (NH * (2 * Dn + Dr + 2 * Dv) + Dr) * sizeof(real));
+    size_t Dq = Dn + Dr;
+    AttentionSizes s = {(int)T, (int)NH, (int)Dn, (int)Dr, (int)Dv, (float)scale,
+                        (Dn | Dr | Dv) % WIDE == 0};
+#ifdef MOE_BF16
+    dim3 grid((unsigned)(B * NH), grid_of(T, FLASH));
+    if (Dq <= 48 && Dv <= 32) {
+        RUN_FLASH_FORWARD(48, 32, out, lse, q, kv, k_pe, s);
+        return;
+    }
+    if (Dq <= 192 && Dv <= 128) {
+        RUN_FLASH_FORWARD(192, 128, out, lse, q, kv, k_pe, s);
+        return;
+    }
+#endif
+    RUN_KERNEL(attention_forward_kernel, dim3((unsigned)(B * NH), grid_of(T, ROWS)),
+               ATTENTION_THREADS, (ROWS * (Dq + Dv) + LANES * (Dq + Dv + 2)) * sizeof(float), out,
+               lse, q, kv, k_pe, s);
+}
+
+static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_heads,
+                               const real *dout, const real *out, const accum *lse, const real *q,
+                               const real *kv, const real *k_pe, size_t B, size_t T, size_t NH,
+                               size_t Dn, size_t Dr, size_t Dv, double scale)
+{
+    METER(__func__, 2.0 * (double)(B * NH * T * T) * (double)(Dn + Dr + Dv),
+          2 * B * T * (NH * (2 * Dn + Dr + 2 * Dv) + Dr) * sizeof(real));
+    size_t Dq = Dn + Dr, rows = B * T * NH;
+    accum *delta = (accum *)scratch(rows * sizeof(accum)); // [B, NH, T]
+    AttentionSizes s = {(int)T, (int)NH, (int)Dn, (int)Dr, (int)Dv, (float)scale,
+                        (Dn | Dr | Dv) % WIDE == 0};
+    int done = 0;
+    RUN_KERNEL(attention_delta_kernel, grid_of(rows, BLOCK / WARP), BLOCK, 0, delta, dout, out,
+               rows, (int)T, (int)NH, (int)Dv);
+#define GRADIENTS dq, dkv, dk_pe_heads, dout, delta, lse, q, kv, k_pe, s
+#ifdef MOE_BF16
+    dim3 grid((unsigned)(B * NH), grid_of(T, FLASH));
+    if (Dq <= 48 && Dv <= 32) {
+        RUN_FLASH_BACKWARD(48, 32, true, GRADIENTS);
+        RUN_FLASH_BACKWARD(48, 32, false, GRADIENTS);
+        done = 1;
+    } else if (Dq <= 192 && Dv <= 128) {
+        RUN_FLASH_BACKWARD(192, 128, true, GRADIENTS);
+        RUN_FLASH_BACKWARD(192, 128, false, GRADIENTS);
+        done = 1;
+    }
+#endif
+    if (!done) {
+        size_t bytes = (2 * ROWS * (Dq + Dv) + LANES * (Dq + Dv + 2)) * sizeof(float);
+        dim3 tiles((unsigned)(B * NH), grid_of(T, ROWS));
+        RUN_KERNEL(attention_backward_kernel<true>, tiles, ATTENTION_THREADS, bytes, GRADIENTS);
+        RUN_KERNEL(attention_backward_kernel<false>, tiles, ATTENTION_THREADS, bytes, GRADIENTS);
+    }
+    RUN_KERNEL(sum_heads_kernel, grid_of(B * T * Dr, BLOCK), BLOCK, 0, dk_pe, dk_pe_heads,
+               B * T * Dr, (int)T, (int)NH, (int)Dr);
+}
+
+// Indices of the K largest of n values, in falling order; of equal ones the first. By a warp; taken
+// [n] tells which they are, each lane its own.
+__device__ static void top_k(int *index, unsigned char *taken, const float *value, int n, int K)
+{
+    int lane = (int)threadIdx.x % WARP;
+    for (int i = lane; i < n; i += WARP) taken[i] = 0;
+    for (int k = 0; k < K; k++) {
+        int best = -1;
+        float most = 0;
+        for (int i = lane; i < n; i += WARP)
+            if (!taken[i] && (best < 0 || value[i] > most)) best = i, most = value[i];
+        for (int d = WARP / 2; d > 0; d /= 2) {
+            int other = __shfl_xor_sync(~0u, best, d);
+            float its = __shfl_xor_sync(~0u, most, d);
+            if (other >= 0 && (best < 0 || its > most || (its == most && other < best)))
+                best = other, most = its;
+        }
+        best = __shfl_sync(~0u, best, 0); // with NaNs about lanes might differ
+        if (lane == 0) index[k] = best;
+        if (lane == best % WARP) taken[best] = 1;
+    }
+    __syncwarp();
+}
+
+// Sends each token to K experts ([V3] 12-16). s = sigmoid(x W^T); selection looks at s + bias: a
+// group of experts scores the sum of its two best, KG groups stay, the K best in them are taken.
+// Their weights come from s alone: g_k = s_k / (sum of the selected + 1e-20), if norm, times scale.
+// A warp a token, alone in its block; s holds x W^T at first. Reads and writes 4 E bytes.
+__global__ void router_forward_kernel(accum *s, int *topk, accum *g, const accum *bias, int E,
+                                      int K, int G, int KG, int norm, float scale, int hold)
+{
+    DYNAMIC_SHARED(float, choice); // [E]
+    float *group_score = choice + E; // [G]
+    int *kept = (int *)(group_score + G); // [KG]
+    unsigned char *taken = (unsigned char *)(kept + KG), *keep = taken + E; // [E], [G]
+    int lane = (int)threadIdx.x, size = E / G;
+    accum *sn = s + (size_t)blockIdx.x * E;
+    int *index = topk + (size_t)blockIdx.x * K;
+    for (int e = lane; e < E; e += WARP) {
+        sn[e] = sigmoid(sn[e]);
+        choice[e] = sn[e] + bias[e];
+    }
+    __syncwarp();
+    if (G > 1) {
+        for (int i = lane; i < G; i += WARP) { // its two best
+            float one = -INFINITY, two = -INFINITY;
+            for (int e = i * size; e < (i + 1) * size; e++) {
+                float c = choice[e];
+                if (c > one) two = one, one = c;
+                else if (c > two) two = c;
+            }
+            group_score[i] = one + two;
+        }
+        __syncwarp();
+        top_k(kept, keep, group_score, G, KG);
+        for (int e = lane; e < E; e += WARP)
+            if (!keep[e / size]) choice[e] = -INFINITY;
+        __syncwarp();
+    }
+    if (!hold) top_k(index, taken, choice, E, K);
+    float sum = 0;
+    for (int k = lane; k < K; k += WARP) sum += sn[index[k]];
+    sum = warp_sum(sum) + 1e-20f;
+    for (int k = lane; k < K; k += WARP)
+        g[(size_t)blockIdx.x * K + k] = scale * (norm ? sn[index[k]] / sum : sn[index[k]]);
+}
+
+static void router_forward(accum *s,          // [N, E] affinities
+                           int *topk,         // [N, K] experts taken
+                           accum *g,          // [N, K] their weights
+                           const real *x,     // [N, C]
+                           const real *w,     // [E, C]
+                           const accum *bias, // [E]
+                           size_t N, size_t C, size_t E, size_t K, size_t G, size_t KG, int norm,
+                           double scale)
+{
+    METER(__func__, 0, N * E * sizeof(real));
+    gemm(s, E, x, 0, C, w, 1, C, N, E, C, 0);
+    RUN_KERNEL(router_forward_kernel, grid_of(N, 1), WARP,
+               (E + G) * (sizeof(float) + 1) + KG * sizeof(int), s, topk, g, bias, (int)E, (int)K,
+               (int)G, (int)KG, norm, (float)scale, hold_routing);
+}
+
+// The selection is a constant. With S = sum of the selected s + 1e-20 and g_k = scale s_k / S:
+//     ds_k += scale / S (dg_k - sum_j dg_j s_j / S);   without norm  ds_k += scale dg_k.
+// s = sigmoid(z), z = x W^T:   dz = ds s (1 - s),  dx += dz W,  dW += dz^T x.
+// A warp a token, alone in its block; reads 8 E bytes, writes E.
+__global__ void router_backward_kernel(real *dz, accum *ds, const accum *dg, const accum *s,
+                                       const int *topk, int E, int K, int norm, float scale)
+{
+    const accum *sn = s + (size_t)blockIdx.x * E, *dgn = dg + (size_t)blockIdx.x * K;
+    const int *index = topk + (size_t)blockIdx.x * K;
+    accum *dsn = ds + (size_t)blockIdx.x * E;
+    int lane = (int)threadIdx.x;
+    float sum = 0, dot = 0;
+    for (int k = lane; k < K; k += WARP) sum += sn[index[k]], dot += dgn[k] * sn[index[k]];
+    sum = warp_sum(sum) + 1e-20f;
+    dot = warp_sum(dot) / sum;
+    for (int k = lane; k < K; k += WARP)
+        dsn[index[k]] += scale * (norm ? (dgn[k] - dot) / sum : dgn[k]);
+    __syncwarp();
+    for (int e = lane; e < E; e += WARP)
+        dz[(size_t)blockIdx.x * E + e] = (real)(dsn[e] * sn[e] * (1 - sn[e]));
+}
+
+static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, const accum *s,
+                            const int *topk, const real *x, const real *w, size_t N, size_t C,
+                            size_t E, size_t K, int norm, double scale)
+{
+    METER(__func__, 0, 3 * N * E * sizeof(real));
+    real *dz = (real *)scratch(N * E * sizeof(real)); // [N, E]
+    RUN_KERNEL(router_backward_kernel, grid_of(N, 1), WARP, 0, dz, ds, dg, s, topk, (int)E, (int)K,
+               norm, (float)scale);
+    matmul_backward_x(dx, dz, w, all_rows(N), E, C, ADD);
+    matmul_backward_w(dw, dz, x, all_rows(N), E, C);
+}
+
+// Sequence-wise balance loss ([V3] 17-20), for each sequence
+//     loss = sum_i f_i P_i,  P_i = mean_t s_ti / sum_j s_tj,
+//     f_i = E / (K T) * the number of tokens with i among the K best of s, bias and groups aside.
+// First, a warp a token: the sum of its affinities and its K best.
+__global__ void balance_tokens_kernel(accum *sums, unsigned char *best, int *index, const accum *s,
+                                      int E, int K, int hold)
+{
+    const accum *sn = s + (size_t)blockIdx.x * E;
+    float sum = 0;
+    for (int e = (int)threadIdx.x; e < E; e += WARP) sum += sn[e];
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+    if (!hold) top_k(index + (size_t)blockIdx.x * K, best + (size_t)blockIdx.x * E, sn, E, K);
+}
+
+// Then a block of 32 warps a sequence: a lane an expert, a warp every 32nd token. Reads 5 E bytes a
+// token.
+__global__ void balance_forward_kernel(accum *loss, accum *f, const accum *sums,
+                                       const unsigned char *best, const accum *s, int T, int E,
+                                       int K, int hold)
+{
+    enum { WARPS = 32 };
+    SHARED(float, share, [WARPS][WARP]);
+    SHARED(int, count, [WARPS][WARP]);
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    size_t n = (size_t)blockIdx.x * T;
+    float total = 0;
+    for (int e0 = 0; e0 < E; e0 += WARP) {
+        int e = e0 + lane, chosen = 0;
+        float P = 0;
+        for (int t = warp; t < T && e < E; t += WARPS) {
+            P += s[(n + t) * E + e] / sums[n + t];
+            if (!hold) chosen += best[(n + t) * E + e];
+        }
+        __syncthreads(); // the experts before have been added up
+        share[warp][lane] = P, count[warp][lane] = chosen;
+        __syncthreads();
+        if (warp > 0 || e >= E) continue;
+        for (int w = 1; w < WARPS; w++) P += share[w][lane], chosen += count[w][lane];
+        accum *fe = f + (size_t)blockIdx.x * E + e;
+        if (!hold) *fe = (float)chosen * (float)E / ((float)K * (float)T);
+        total += *fe * P / (float)T;
+    }
+    total = warp_sum(total);
+    if (threadIdx.x == 0) loss[blockIdx.x] = total;
+}
+
+static void balance_forward(accum *loss,    // [B]
+                            accum *f,       // [B, E]
+                            const accum *s, // [B, T, E]
+                            size_t B, size_t T, size_t E, size_t K)
+{
+    METER(__func__, 0, B * T * E * sizeof(real));
+    size_t N = B * T;
+    accum *sums = (accum *)scratch(N * (sizeof(accum) + K * sizeof(int) + E)); // [N]
+    int *index = (int *)(sums + N);                                            // [N, K]
+    unsigned char *best = (unsigned char *)(index + N * K);                    // [N, E]
+    RUN_KERNEL(balance_tokens_kernel, grid_of(N, 1), WARP, 0, sums, best, index, s, (int)E, (int)K,
+               hold_routing);
+    RUN_KERNEL(balance_forward_kernel, grid_of(B, 1), 32 * WARP, 0, loss, f, sums, best, s, (int)T,
+               (int)E, (int)K, hold_routing);
+}
+
+// loss = sum_i f_i mean_t s_ti / S_t with S_t = sum_j s_tj, f a constant:
+//     ds_ti = dloss / T (f_i / S_t - sum_j f_j s_tj / S_t^2).
+// A warp a token, alone in its block; reads 8 E bytes, writes 4 E.
+__global__ void balance_backward_kernel(accum *ds, float scale, const accum *f, const accum *s,
+                                        int T, int E)
+{
+    const accum *fb = f + (size_t)(blockIdx.x / T) * E, *sn = s + (size_t)blockIdx.x * E;
+    float sum = 0, dot = 0;
+    for (int e = (int)threadIdx.x; e < E; e += WARP) sum += sn[e], dot += fb[e] * sn[e];
+    sum = warp_sum(sum), dot = warp_sum(dot);
+    for (int e = (int)threadIdx.x; e < E; e += WARP)
+        ds[(size_t)blockIdx.x * E + e] = scale * (fb[e] - dot / sum) / sum;
+}
+
+static void balance_backward(accum *ds, double dloss, const accum *f, const accum *s, size_t B,
+                             size_t T, size_t E)
+{
+    METER(__func__, 0, 2 * B * T * E * sizeof(real));
+    RUN_KERNEL(balance_backward_kernel, grid_of(B * T, 1), WARP, 0, ds, (float)(dloss / (double)T),
+               f, s, (int)T, (int)E);
+}
+
+// Sorts the N K choices of experts by expert, tokens in order within one, and copies the tokens
+// there: xs[row[n,k]] = x[n]. Expert e then owns rows offsets[e] .. offsets[e+1].
+// A counting sort: a block counts the experts of its SORT choices; the counts are added up over
+// blocks and experts; each choice then finds its place.
+enum { SORT = 1024 };
+
+__global__ void sort_count_kernel(int *count, const int *topk, size_t n, int E)
+{
+    size_t i = (size_t)blockIdx.x * SORT + threadIdx.x;
+    if (i < n) atomicAdd(&count[(size_t)blockIdx.x * E + topk[i]], 1);
+}
+
+// count[b,e] becomes the number of e's choices before block b's. One block.
+__global__ void sort_scan_kernel(int *offsets, int *count, int blocks, int E)
+{
+    for (int e = (int)threadIdx.x; e < E; e += BLOCK) {
+        int sum = 0;
+        for (int b = 0; b < blocks; b++) {
+            int *at = &count[(size_t)b * E + e], mine = *at;
+            *at = sum;
+            sum += mine;
+        }
+        offsets[e + 1] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x >= WARP) return;
+    int lane = (int)threadIdx.x, before = 0;
+    if (lane == 0) offsets[0] = 0;
+    for (int e0 = 0; e0 < E; e0 += WARP) {
+        int sum = e0 + lane < E ? offsets[e0 + lane + 1] : 0;
+        for (int d = 1; d < WARP; d *= 2) {
+            int other = __shfl_up_sync(~0u, sum, d);
+            if (lane >= d) sum += other;
+        }
+        if (e0 + lane < E) offsets[e0 + lane + 1] = before + sum;
+        before += __shfl_sync(~0u, sum, WARP - 1);
+    }
+}
+
+__global__ void sort_place_kernel(int *row, const int *offsets, const int *count, const int *topk,
+                                  size_t n, int E)
+{
+    SHARED(int, expert, [SORT]);
+    size_t i = (size_t)blockIdx.x * SORT + threadIdx.x;
+    int mine = i < n ? topk[i] : -1, rank = 0;
+    expert[threadIdx.x] = mine;
+    __syncthreads();
+    if (mine < 0) return;
+    for (unsigned j = 0; j < threadIdx.x; j++) rank += expert[j] == mine;
+    row[i] = offsets[mine] + count[(size_t)blockIdx.x * E + mine] + rank;
+}
+
+// A block a token. Reads C, writes K C.
+template <int W>
+__global__ void dispatch_forward_kernel(real *xs, const real *x, const int *row, size_t K, size_t C)
+{
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+        Pack<real, W> xi = load<W>(x + blockIdx.x * C + i);
+        for (size_t k = 0; k < K; k++) store<W>(xs + (size_t)row[blockIdx.x * K + k] * C + i, xi);
+    }
+}
+
+static void dispatch_forward(real *xs,        // [N K, C]
+                             int *offsets,    // [E + 1]
+                             int *row,        // [N, K]
+                             const real *x,   // [N, C]
+                             const int *topk, // [N, K]
+                             size_t N, size_t K, size_t E, size_t C)
+{
+    METER(__func__, 0, 2 * N * K * C * sizeof(real));
+    unsigned blocks = grid_of(N * K, SORT);
+    int *count = (int *)scratch(blocks * E * sizeof(int)); // [blocks, E]
+    device_zero(count, blocks * E * sizeof(int));
+    RUN_KERNEL(sort_count_kernel, blocks, SORT, 0, count, topk, N * K, (int)E);
+    RUN_KERNEL(sort_scan_kernel, 1, BLOCK, 0, offsets, count, (int)blocks, (int)E);
+    RUN_KERNEL(sort_place_kernel, blocks, SORT, 0, row, offsets, count, topk, N * K, (int)E);
+    RUN_WIDE(C, AT(xs) | AT(x), dispatch_forward_kernel, grid_of(N, 1), row_threads(C), 0, xs, x,
+             row, K, C);
+}
+
+// xs[row[n,k]] = x[n]: dx[n] = sum_k dxs[row[n,k]]. A block a token. Reads K C, writes C.
+template <int W>
+__global__ void dispatch_backward_kernel(real *dx, const real *dxs, const int *row, size_t K,
+                                         size_t C, int add)
+{
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+        Pack<real, W> to = {};
+        float sum[W];
+        if (add) to = load<W>(dx + blockIdx.x * C + i);
+        for (int j = 0; j < W; j++) sum[j] = add ? (float)to.x[j] : 0;
+        for (size_t k = 0; k < K; k++) {
+            Pack<real, W> from = load<W>(dxs + (size_t)row[blockIdx.x * K + k] * C + i);
+            for (int j = 0; j < W; j++) sum[j] += (float)from.x[j];
+        }
+        for (int j = 0; j < W; j++) to.x[j] = (real)sum[j];
+        store<W>(dx + blockIdx.x * C + i, to);
+    }
+}
+
+static void dispatch_backward(real *dx, const real *dxs, const int *row, size_t N, size_t K,
+                              size_t C, enum Mode mode)
+{
+    METER(__func__, 0, N * (K + 1) * C * sizeof(real));
+    RUN_WIDE(C, AT(dx) | AT(dxs), dispatch_backward_kernel, grid_of(N, 1), row_threads(C), 0, dx,
+             dxs, row, K, C, mode == ADD);
+}
+
+// y[n] += sum_k g[n,k] out[row[n,k]]. A block a token. Reads (K + 1) C, writes C.
+template <int W>
+__global__ void combine_forward_kernel(real *y, const real *out, const accum *g, const int *row,
+                                       size_t K, size_t C)
+{
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+        Pack<real, W> to = load<W>(y + blockIdx.x * C + i);
+        float sum[W];
+        for (int j = 0; j < W; j++) sum[j] = (float)to.x[j];
+        for (size_t k = 0; k < K; k++) {
+            Pack<real, W> from = load<W>(out + (size_t)row[blockIdx.x * K + k] * C + i);
+            for (int j = 0; j < W; j++) sum[j] += g[blockIdx.x * K + k] * (float)from.x[j];
+        }
+        for (int j = 0; j < W; j++) to.x[j] = (real)sum[j];
+        store<W>(y + blockIdx.x * C + i, to);
+    }
+}
+
+static void combine_forward(real *y,         // [N, C], added to
+                            const real *out, // [N K, C]
+                            const accum *g,  // [N, K]
+                            const int *row,  // [N, K]
+                            size_t N, size_t K, size_t C)
+{
+    METER(__func__, 0, N * (K + 2) * C * sizeof(real));
+    RUN_WIDE(C, AT(y) | AT(out), combine_forward_kernel, grid_of(N, 1), row_threads(C), 0, y, out,
+             g, row, K, C);
+}
+
+// y[n] += sum_k g[n,k] out[row[n,k]]:
+//     dout[row[n,k]] = g[n,k] dy[n],   dg[n,k] = dy[n] . out[row[n,k]].
+// A block a choice. Reads 2 C, writes C.
+template <int W>
+__global__ void combine_backward_kernel(real *dout, accum *dg, const real *dy, const real *out,
+                                        const accum *g, const int *row, size_t K, size_t C)
+{
+    size_t at = (size_t)row[blockIdx.x] * C, n = blockIdx.x / K;
+    float weight = g[blockIdx.x], dot = 0;
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+        Pack<real, W> d = load<W>(dy + n * C + i), o = load<W>(out + at + i);
+        for (int j = 0; j < W; j++) {
+            dot += (float)d.x[j] * (float)o.x[j];
+            d.x[j] = (real)(weight * (float)d.x[j]);
+        }
+        store<W>(dout + at + i, d);
+    }
+    dot = block_reduce<false>(dot);
+    if (threadIdx.x == 0) dg[blockIdx.x] = dot;
+}
+
+static void combine_backward(real *dout, accum *dg, const real *dy, const real *out, const accum *g,
+                             const int *row, size_t N, size_t K, size_t C)
+{
+    METER(__func__, 0, N * (2 * K + 1) * C * sizeof(real));
+    RUN_WIDE(C, AT(dout) | AT(dy) | AT(out), combine_backward_kernel, grid_of(N * K, 1),
+             row_threads(C), 0, dout, dg, dy, out, g, row, K, C);
+}
+
+// loss[n] = lse[n] - logits[n, target[n]] with lse = log sum exp; 0 where the target is -1.
+// A block a row, which it reads twice, the second time mostly from cache.
+template <int W>
+__global__ void cross_entropy_forward_kernel(accum *loss, accum *lse, const real *logits,
+                                             const int *target, size_t V)
+{
+    const real *z = logits + blockIdx.x * V;
+    float max = -INFINITY, sum = 0;
+    for (size_t v = threadIdx.x * W; v < V; v += blockDim.x * W) {
+        Pack<real, W> zv = load<W>(z + v);
+        for (int j = 0; j < W; j++) max = fmaxf(max, (float)zv.x[j]);
+    }
+    max = block_reduce<true>(max);
+    for (size_t v = threadIdx.x * W; v < V; v += blockDim.x * W) {
+        Pack<real, W> zv = load<W>(z + v);
+        for (int j = 0; j < W; j++) sum += expf((float)zv.x[j] - max);
+    }
+    sum = block_reduce<false>(sum);
+    if (threadIdx.x > 0) return;
+    int t = target[blockIdx.x];
+    float log_sum = max + logf(sum);
+    lse[blockIdx.x] = log_sum;
+    loss[blockIdx.x] = t < 0 ? 0 : log_sum - (float)z[t];
+}
+
+static void cross_entropy_forward(accum *loss,        // [N]
+                                  accum *lse,         // [N]
+                                  const real *logits, // [N, V]
+                                  const int *target,  // [N]
+                                  size_t N, size_t V)
+{
+    METER(__func__, 0, N * V * sizeof(real));
+    RUN_WIDE(V, AT(logits), cross_entropy_forward_kernel, grid_of(N, 1), row_threads(V), 0, loss,
+             lse, logits, target, V);
+}
+
+// loss = lse - z_target: dz_v = dloss (exp(z_v - lse) - [v = target]); 0 where the target is -1.
+// A block a row. Reads and writes V.
+template <int W>
+__global__ void cross_entropy_backward_kernel(real *dlogits, float dloss, const accum *lse,
+                                              const real *logits, const int *target, size_t V)
+{
+    size_t at = blockIdx.x * V, t = (size_t)target[blockIdx.x];
+    float scale = target[blockIdx.x] < 0 ? 0 : dloss, log_sum = lse[blockIdx.x];
+    for (size_t v = threadIdx.x * W; v < V; v += blockDim.x * W) {
+        Pack<real, W> z = load<W>(logits + at + v);
+        for (int j = 0; j < W; j++)
+            z.x[j] = (real)(scale * (expf((float)z.x[j] - log_sum) - (v + j == t ? 1 : 0)));
+        store<W>(dlogits + at + v, z);
+    }
+}
+
+static void cross_entropy_backward(real *dlogits, double dloss, const accum *lse,
+                                   const real *logits, const int *target, size_t N, size_t V)
+{
+    METER(__func__, 0, 2 * N * V * sizeof(real));
+    RUN_WIDE(V, AT(dlogits) | AT(logits), cross_entropy_backward_kernel, grid_of(N, 1),
+             row_threads(V), 0, dlogits, (float)dloss, lse, logits, target, V);
+}
+
+// Attention over a cache of latents, queries of any sequences at any positions ([V2] 2.1.2). Keys
+// and values are never formed: with W_b = [W_uk; W_uv] of head h,
+//     q_nope . (W_uk c) = (W_uk^T q_nope) . c,   sum_u p_u W_uv c_u = W_uv (sum_u p_u c_u).
+// Row n belongs to sequence slot[n]; the entry of position u stands at u mod capacity, and the
+// last `window` positions are seen.
+// A block a row and head: each warp takes every eighth position and keeps the largest score, the
+// sum of exp and that of exp c; at the end the eight are merged. Reads Rkv + Dr a position, all
+// heads but the first from L2.
+__global__ void latent_attention_kernel(real *latent, const real *q, const real *c_kv,
+                                        const real *k_pe, const int *slot, const int *pos, int n,
+                                        int NH, int Dn, int Dr, int Rkv, size_t capacity,
+                                        size_t window, float scale)
+{
+    enum { WARPS = BLOCK / WARP };
+    DYNAMIC_SHARED(float, query);                       // [Rkv + Dr]
+    float *sums = query + Rkv + Dr;                     // [WARPS, Rkv]
+    SHARED(float, max_of, [WARPS]);
+    SHARED(float, total_of, [WARPS]);
+    int row = (int)blockIdx.x / NH, h = (int)blockIdx.x % NH;
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    size_t last = (size_t)pos[row], seen = last + 1 < window ? last + 1 : window;
+    size_t first = last + 1 - seen, base = (size_t)slot[row] * capacity;
+    real *ql = latent + ((size_t)h * n + row) * Rkv;
+    float *mine = sums + warp * Rkv, max = -INFINITY, total = 0;
+    for (int j = (int)threadIdx.x; j < Rkv + Dr; j += BLOCK)
+        query[j] = (float)(j < Rkv ? ql[j] : q[((size_t)row * NH + h) * (Dn + Dr) + Dn + j - Rkv]);
+    for (int j = lane; j < Rkv; j += WARP) mine[j] = 0;
+    __syncthreads();
+    for (size_t u = warp; u < seen; u += WARPS) {
+        size_t at = base + (first + u) % capacity;
+        float score = 0;
+        for (int j = lane; j < Rkv; j += WARP) score += query[j] * (float)c_kv[at * Rkv + j];
+        for (int j = lane; j < Dr; j += WARP) score += query[Rkv + j] * (float)k_pe[at * Dr + j];
+        score = scale * warp_sum(score);
+        float most = fmaxf(max, score), shrink = expf(max - most), weight = expf(score - most);
+        for (int j = lane; j < Rkv; j += WARP)
+            mine[j] = mine[j] * shrink + weight * (float)c_kv[at * Rkv + j];
+        total = total * shrink + weight;
+        max = most;
+    }
+    if (lane == 0) max_of[warp] = max, total_of[warp] = total;
+    __syncthreads();
+    for (int w = 0; w < WARPS; w++) max = fmaxf(max, max_of[w]);
+    total = 0;
+    for (int w = 0; w < WARPS; w++) total += total_of[w] * expf(max_of[w] - max);
+    real *to = latent + ((size_t)(NH + h) * n + row) * Rkv;
+    for (int j = (int)threadIdx.x; j < Rkv; j += BLOCK) {
+        float sum = 0;
+        for (int w = 0; w < WARPS; w++) sum += sums[w * Rkv + j] * expf(max_of[w] - max);
+        to[j] = (real)(sum / total);
+    }
+}
+
+static void latent_attention(real *out,         // [n, NH, Dv]
+                             real *latent,      // [2, NH, n, Rkv] workspace: queries, sums
+                             const real *q,     // [n, NH, Dn + Dr]
+                             const real *w_b,   // [NH, Dn + Dv, Rkv]
+                             const real *c_kv,  // [slots, capacity, Rkv]
+                             const real *k_pe,  // [slots, capacity, Dr]
+                             const int *slot,   // [n]
+                             const int *pos,    // [n]
+                             size_t n, size_t NH, size_t Dn, size_t Dr, size_t Dv, size_t Rkv,
+                             size_t capacity, size_t window, double scale)
+{
+    METER(__func__, 0, 0);
+    size_t Dq = Dn + Dr, step = (Dn + Dv) * Rkv;
+    gemm(latent, Rkv, q, 0, NH * Dq, w_b, 0, Rkv, n, Rkv, Dn, 0, NH, n * Rkv, Dq, step);
+    RUN_KERNEL(latent_attention_kernel, grid_of(n * NH, 1), BLOCK,
+               (Rkv + Dr + BLOCK / WARP * Rkv) * sizeof(float), latent, q, c_kv, k_pe, slot, pos,
+               (int)n, (int)NH, (int)Dn, (int)Dr, (int)Rkv, capacity, window, (float)scale);
+    gemm(out, NH * Dv, latent + n * NH * Rkv, 0, Rkv, w_b + Dn * Rkv, 1, Rkv, n, Dv, Rkv, 0, NH, Dv,
+         n * Rkv, step);
+}
+
+// Copies new entries into such a cache: row n goes to position pos[n] of sequence slot[n].
+__global__ void cache_store_kernel(real *cache, const real *x, const int *slot, const int *pos,
+                                   size_t width, size_t capacity)
+{
+    size_t n = blockIdx.x, at = (size_t)slot[n] * capacity + (size_t)pos[n] % capacity;
+    for (size_t i = threadIdx.x; i < width; i += blockDim.x)
+        cache[at * width + i] = x[n * width + i];
+}
+
+static void cache_store(real *cache,     // [slots, capacity, width]
+                        const real *x,   // [n, width]
+                        const int *slot, // [n]
+                        const int *pos,  // [n]
+                        size_t n, size_t width, size_t capacity)
+{
+    RUN_KERNEL(cache_store_kernel, grid_of(n, 1), row_threads(width), 0, cache, x, slot, pos, width,
+               capacity);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 6  Optimizers
+
+// sum_i x_i^2, added up in fixed blocks. Reads 4 bytes a number.
+__global__ void sum_squares_kernel(double *part, const accum *x, size_t n)
+{
+    SHARED(double, sums, [BLOCK]);
+    double sum = 0;
+    for (size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x; i < n; i += (size_t)gridDim.x * BLOCK)
+        sum += (double)x[i] * (double)x[i];
+    sums[threadIdx.x] = sum;
+    for (int half = BLOCK / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if ((int)threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) part[blockIdx.x] = sums[0];
+}
+
+static double sum_squares(const accum *x, size_t n)
+{
+    METER(__func__, 0, n * sizeof(accum));
+    size_t blocks = min_size(ceil_div(n, 16 * BLOCK), 1024);
+    double *part = (double *)scratch(blocks * sizeof(double)), host[1024], sum = 0;
+    RUN_KERNEL(sum_squares_kernel, grid_of(blocks, 1), BLOCK, 0, part, x, n);
+    to_host(host, part, blocks * sizeof(double));
+    for (size_t b = 0; b < blocks; b++) sum += host[b];
+    return sum;
+}
+
+// One step of AdamW on the spans of the weights; step counts from 1, the gradient is taken times
+// g_scale.
+//     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
+//     w -= lr (decay w + m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)).
+// master is what is trained, weights its copy for operations. A block a piece, 4 numbers a thread
+// at once; reads 16 bytes a weight, writes 12 and, rounded, 2.
+typedef struct {
+    float b1, b2, rate, correct2, keep, eps, scale; // keep: 1 - lr decay
+} AdamW;
+
+__global__ void adamw_kernel(real *weights, accum *master, accum *m, accum *v, const accum *grads,
+                             const Span *span, int spans, AdamW a)
+{
+    int low = 0, high = spans - 1; // the span that this piece belongs to
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (span[middle].first <= blockIdx.x) low = middle;
+        else high = middle - 1;
+    }
+    Span s = span[low];
+    float keep = s.decays ? a.keep : 1;
+    size_t begin = (blockIdx.x - s.first) * SPAN_PIECE, end = begin + SPAN_PIECE;
+    if (end > s.size) end = s.size;
+    for (size_t i = begin + threadIdx.x * 4; i < end; i += BLOCK * 4) {
+        size_t at = s.offset + i; // tensors are padded to 16 numbers, of zeros
+        Pack<float, 4> g4 = load<4>(grads + at), m4 = load<4>(m + at), v4 = load<4>(v + at);
+        Pack<float, 4> w4 = load<4>(master + at);
+        Pack<real, 4> rounded;
+        for (int j = 0; j < 4; j++) {
+            if (i + j >= end) g4.x[j] = m4.x[j] = v4.x[j] = w4.x[j] = 0;
+            float g = g4.x[j] * a.scale;
+            m4.x[j] = a.b1 * m4.x[j] + (1 - a.b1) * g;
+            v4.x[j] = a.b2 * v4.x[j] + (1 - a.b2) * g * g;
+            w4.x[j] = keep * w4.x[j] - a.rate * m4.x[j] / (sqrtf(v4.x[j]) * a.correct2 + a.eps);
+            rounded.x[j] = (real)w4.x[j];
+        }
+        store<4>(m + at, m4);
+        store<4>(v + at, v4);
+        store<4>(master + at, w4);
+        if (sizeof(real) < sizeof(accum)) store<4>(weights + at, rounded);
+    }
+}
+
+static void adamw_step(real *weights, accum *master, accum *m, accum *v, const accum *grads,
+                       const Span *span, size_t spans, size_t pieces, long step, double lr,
+                       double beta1, double beta2, double eps, double decay, double g_scale)
+{
+    METER(__func__, 0, 7 * (double)pieces * SPAN_PIECE * sizeof(accum));
+    AdamW a = {(float)beta1, (float)beta2, (float)(lr / (1 - pow(beta1, (double)step))),
+               (float)(1 / sqrt(1 - pow(beta2, (double)step))), (float)(1 - lr * decay),
+               (float)eps, (float)g_scale};
+    RUN_KERNEL(adamw_kernel, grid_of(pieces, 1), BLOCK, 0, weights, master, m, v, grads, span,
+               (int)spans, a);
+}
+
+// The router's bias moves towards balance: b_i += speed sign(mean load - load_i) ([V3] 2.1.2).
+// Clears the load. One block.
+__global__ void router_bias_kernel(accum *bias, int *load, int E, float speed)
+{
+    SHARED(long long, sums, [BLOCK]);
+    long long total = 0; // E load_i is compared with the total: in integers nothing is rounded
+    for (int e = (int)threadIdx.x; e < E; e += BLOCK) total += load[e];
+    sums[threadIdx.x] = total;
+    __syncthreads();
+    total = 0;
+    for (int i = 0; i < BLOCK; i++) total += sums[i];
+    for (int e = (int)threadIdx.x; e < E; e += BLOCK) {
+        long long times_E = (long long)load[e] * E;
+        bias[e] += times_E < total ? speed : times_E > total ? -speed : 0;
+        load[e] = 0;
+    }
+}
+
+static void router_bias_step(accum *bias, // [E]
+                             int *load,   // [E] tokens each expert got in this step
+                             size_t E, double speed)
+{
+    RUN_KERNEL(router_bias_kernel, 1, BLOCK, 0, bias, load, (int)E, (float)speed);
+}
+
+// load_e += offsets[e+1] - offsets[e].
+__global__ void count_load_kernel(int *load, const int *offsets, size_t E)
+{
+    size_t e = (size_t)blockIdx.x * BLOCK + threadIdx.x;
+    if (e < E) load[e] += offsets[e + 1] - offsets[e];
+}
+
+static void count_load(int *load, const int *offsets, size_t E)
+{
+    RUN_KERNEL(count_load_kernel, grid_of(E, BLOCK), BLOCK, 0, load, offsets, E);
+}
+
+// M = mu M + G,  X = G + mu M, and |X|^2. A block a matrix; G, M and X of the next one stand n on.
+__global__ void muon_momentum_kernel(real *X, accum *M, const accum *G, float *square, size_t n,
+                                     float mu, float scale)
+{
+    size_t at = blockIdx.x * n;
+    float sum = 0;
+    for (size_t i = at + threadIdx.x; i < at + n; i += BLOCK) {
+        float g = scale * G[i], momentum = mu * M[i] + g, x = g + mu * momentum;
+        M[i] = momentum;
+        X[i] = (real)x;
+        sum += x * x;
+    }
+    sum = block_reduce<false>(sum);
+    if (threadIdx.x == 0) square[blockIdx.x] = sum;
+}
+
+// X <- X / |X|
+__global__ void muon_shrink_kernel(real *X, const float *square, size_t n, size_t all)
+{
+    size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x;
+    if (i < all) X[i] = (real)((float)X[i] / (sqrtf(square[i / n]) + 1e-30f));
+}
+
+// to <- a x + b to
+__global__ void blend_kernel(real *to, const real *x, float a, float b, size_t n)
+{
+    size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x;
+    if (i < n) to[i] = (real)(a * (float)x[i] + b * (float)to[i]);
+}
+
+// Makes X [m, n], of norm <= 1, nearly orthogonal, `count` times: five steps of
+//     A = X X^T,  X <- a X + (b A + c A^2) X,
+// which take every singular value close to 1 ([Muon]); where m > n, A = X^T X and the factor stands
+// on the right.
+static void newton_schulz(real *X,           // [count, m, n]
+                          real *Y,           // [count, m, n] workspace
+                          real *A, real *A2, // [count, k, k] workspace, k = min(m, n)
+                          size_t count, size_t m, size_t n)
+{
+    const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
+    size_t k = min_size(m, n), mn = m * n, kk = k * k;
+    int tall = m > n;
+    for (int step = 0; step < 5; step++) {
+        gemm(A, k, X, tall, n, X, !tall, n, k, k, tall ? m : n, 0, count, kk, mn, mn);
+        gemm(A2, k, A, 0, k, A, 1, k, k, k, k, 0, count, kk, kk, kk);
+        RUN_KERNEL(blend_kernel, grid_of(count * kk, BLOCK), BLOCK, 0, A2, A, b, c, count * kk);
+        if (tall) gemm(Y, n, X, 0, n, A2, 0, k, m, n, k, 0, count, mn, mn, kk);
+        else gemm(Y, n, A2, 0, k, X, 0, n, m, n, k, 0, count, mn, kk, mn);
+        RUN_KERNEL(blend_kernel, grid_of(count * mn, BLOCK), BLOCK, 0, X, Y, 1, a, count * mn);
+    }
+}
+
+__global__ void muon_update_kernel(real *weights, accum *master, const real *X, float rate,
+                                   float keep, size_t n)
+{
+    size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x;
+    if (i >= n) return;
+    master[i] = keep * master[i] - rate * (float)X[i];
+    if (sizeof(real) < sizeof(accum)) weights[i] = (real)master[i];
+}
+
+// One step of Muon on each matrix W; the gradient is taken times g_scale.
+//     M = mu M + G,  X = orthogonal(G + mu M),  W -= lr (decay W + 0.2 sqrt(max(rows, cols)) X).
+// The factor gives steps the size that AdamW's have, so that one lr does for both (Moonlight, 2.2).
+// Matrices of one size that stand side by side, as experts do, are taken together.
+static void muon_step(real *weights, accum *master, accum *momentum, const accum *grads,
+                      const Matrix *matrix, size_t matrices, double lr, double mu, double decay,
+                      double g_scale)
+{
+    METER(__func__, 0, 0);
+    enum { TOGETHER = 1 << 26 }; // numbers of X
+    for (size_t i = 0, count; i < matrices; i += count) {
+        Matrix it = matrix[i];
+        size_t m = it.rows, n = it.cols, mn = m * n, k = min_size(m, n), at = it.offset;
+        for (count = 1; i + count < matrices && (count + 1) * mn <= TOGETHER; count++) {
+            Matrix next = matrix[i + count];
+            if (next.rows != m || next.cols != n || next.offset != at + count * mn) break;
+        }
+        float *square = (float *)scratch(
+            ceil_div(count, 4) * 16 + 2 * count * (mn + k * k) * sizeof(real));
+        real *X = (real *)(square + ceil_div(count, 4) * 4), *Y = X + count * mn;
+        real *A = Y + count * mn, *A2 = A + count * k * k;
+        RUN_KERNEL(muon_momentum_kernel, grid_of(count, 1), BLOCK, 0, X, momentum + at, grads + at,
+                   square, mn, (float)mu, (float)g_scale);
+        RUN_KERNEL(muon_shrink_kernel, grid_of(count * mn, BLOCK), BLOCK, 0, X, square, mn,
+                   count * mn);
+        newton_schulz(X, Y, A, A2, count, m, n);
+        RUN_KERNEL(muon_update_kernel, grid_of(count * mn, BLOCK), BLOCK, 0, weights + at,
+                   master + at, X, (float)(lr * 0.2 * sqrt((double)(m > n ? m : n))),
+                   (float)(1 - lr * decay), count * mn);
+    }
+}
+
+// What cuBLAS makes of a large product, in FLOP/s: the peak that a program can have.
+static double measure_flops(int threads)
+{
+#ifdef __CUDACC__
+    const size_t n = 8192;
+#else
+    const size_t n = 256;
+#endif
+    real *x = (real *)device_alloc(3 * n * n * sizeof(real));
+    double best = INFINITY;
+    device_zero(x, 3 * n * n * sizeof(real));
+    (void)threads;
+    for (int run = 0; run < 5; run++) {
+        double start = now();
+        gemm(x, n, x + n * n, 0, n, x + 2 * n * n, 1, n, n, n, n, 0);
+        device_finish();
+        if (run > 0) best = fmin(best, now() - start);
+    }
+    device_free(x);
+    return 2.0 * (double)n * (double)n * (double)n / best;
+}
+
+__global__ static void read_kernel(float *sum, const float4 *x, size_t n)
+{
+    float s = 0;
+    size_t step = (size_t)gridDim.x * BLOCK;
+    for (size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x; i < n; i += step)
+        s += x[i].x + x[i].y + x[i].z + x[i].w;
+    if (s != 0) *sum = s; // it is 0: only the reading is wanted
+}
+
+// Reads a buffer again and again: bytes/s, at best.
+static double measure_read(size_t bytes, int threads)
+{
+    size_t n = ceil_div(bytes, sizeof(float4));
+    float4 *x = (float4 *)device_alloc((n + 1) * sizeof(float4));
+    double best = INFINITY;
+    device_zero(x, (n + 1) * sizeof(float4));
+    (void)threads;
+    for (int pass = 0; pass < 10; pass++) {
+        double start = now();
+        RUN_KERNEL(read_kernel, grid_of(min_size(n, 1 << 20), BLOCK), BLOCK, 0, (float *)(x + n),
+                   x, n);
+        device_finish();
+        best = fmin(best, now() - start);
+    }
+    device_free(x);
+    return (double)n * sizeof(float4) / best;
+}
+
+#endif // MOE_CUDA
