@@ -786,9 +786,8 @@ static void gemm_blocked(real *c, size_t c_row, size_t c_col, const real *a, siz
 }
 
 // One row or two times a transposed matrix, as in decoding: to pack anything would take longer than
-// the product. So here the vectors run along p: lane l of a sum takes every p with p % LANES == l, the
-// lanes are added in pairs, then what is left of k. The order is the same for any number of rows,
-// but it is not that of gemm_blocked.
+// the product. So here the vectors run along p: lane l of a sum takes every p with p % LANES == l,
+// the lanes are added in pairs, then what is left of k. This order is not that of gemm_blocked.
 INLINE void dots(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
                  const real *b, size_t b_col, size_t n, size_t k, int add, size_t rows)
 {
@@ -1480,7 +1479,7 @@ static void latent_attention(real *out,         // [n, NH, Dv]
         size_t last = (size_t)pos[i], seen = min_size(last + 1, window), first = last + 1 - seen;
         real *p = scratch(NH * seen), *o = sums + i * Rkv; // [NH, seen], [NH, Rkv]
         size_t at, len, u;
-#define EACH_PIECE /* of the ring, which may begin anew in between: positions first + u .. + len */ \
+#define EACH_PIECE /* of the ring, which may begin anew in between: `len` entries from `at` on */ \
     for (u = 0; u < seen && (at = (first + u) % capacity, \
                              len = min_size(seen - u, capacity - at), \
                              at += (size_t)slot[i] * capacity, 1); u += len)
