@@ -2227,13 +2227,16 @@ static void count_load(int *load, const int *offsets, size_t E)
 
 // A = X X^T. It is symmetric: strips of rows are computed as far as the diagonal, then mirrored.
 static void gram(real *A,       // [m, m]
+                 real *pack,    // [PADDED(m), n] workspace
                  const real *X, // [m, n]
-                 size_t m, size_t n)
+                 size_t m, size_t n, int symmetric)
 {
-    enum { STRIP = 48 };
+    enum { STRIP = 4 * MR };
+    if (symmetric) gemm_pack(pack, NR * n, X, 1, n, m, NR, n); // X^T, read along its rows
+    else gemm_pack(pack, NR * n, X, n, 1, m, NR, n);
     for (size_t i = 0; i < m; i += STRIP) {
         size_t rows = min_size(STRIP, m - i);
-        gemm(A + i * m, m, 1, X + i * n, n, 1, X, 1, n, rows, i + rows, n, SET);
+        gemm_packed(A + i * m, m, 1, X + i * n, n, 1, pack, NR * n, rows, i + rows, n, SET);
     }
     for (size_t i = 0; i < m; i++)
         for (size_t j = i + 1; j < m; j++) A[i * m + j] = A[j * m + i];
@@ -2243,14 +2246,14 @@ static void gram(real *A,       // [m, m]
 //     A = X X^T,  X <- a X + (b A + c A^2) X,
 // which take every singular value close to 1 ([Muon]).
 static void newton_schulz(real *X,           // [m, n]
-                          real *Y,           // [m, n] workspace
+                          real *Y,           // [PADDED(m), n] workspace
                           real *A, real *A2, // [m, m] workspace
                           size_t m, size_t n)
 {
     const real a = (real)3.4445, b = (real)-4.7750, c = (real)2.0315;
     for (int step = 0; step < 5; step++) {
-        gram(A, X, m, n);
-        gram(A2, A, m, m);
+        gram(A, Y, X, m, n, 0);
+        gram(A2, Y, A, m, m, 1);
         for (size_t i = 0; i < m * m; i++) A2[i] = b * A[i] + c * A2[i];
         gemm(Y, n, 1, A2, m, 1, X, n, 1, m, n, m, SET);
         for (size_t i = 0; i < m * n; i++) X[i] = a * X[i] + Y[i];
@@ -2271,7 +2274,8 @@ static void muon_step(real *weights, accum *master, accum *momentum, const accum
         Matrix it = matrix[k];
         int tall = it.rows > it.cols; // X is kept wide, m <= n
         size_t m = tall ? it.cols : it.rows, n = tall ? it.rows : it.cols;
-        real *X = scratch(2 * m * n + 2 * m * m), *Y = X + m * n, *A = Y + m * n, *A2 = A + m * m;
+        real *X = scratch(m * n + PADDED(m) * n + 2 * m * m), *Y = X + m * n;
+        real *A = Y + PADDED(m) * n, *A2 = A + m * m;
         accum *M = momentum + it.offset, mu = (accum)mu_, scale = (accum)g_scale, square = 0;
         const accum *G = grads + it.offset;
         accum *W = master + it.offset;
@@ -4412,6 +4416,7 @@ static int command_plan(const Options *o)
 static double measure_flops(int threads)
 {
     double rate = 0;
+    (void)threads; // without OpenMP there is one
     #pragma omp parallel num_threads(threads) reduction(+ : rate)
     {
         vec sum[MR][NV], x, total = {0};

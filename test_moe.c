@@ -1462,7 +1462,8 @@ static void test_newton_schulz(void)
         size_t m = size[i][0], n = size[i][1];
         real *X = reals(m * n), *expected = reals(m * n);
         real *U = random_reals(m * m, i), *V = random_reals(m * n, 100 + i);
-        real *Y = random_reals(m * n, 1), *A = random_reals(m * m, 2), *A2 = random_reals(m * m, 3);
+        real *Y = random_reals(PADDED(m) * n, 1), *A = random_reals(m * m, 2);
+        real *A2 = random_reals(m * m, 3);
         orthonormalise(U, m, m);
         orthonormalise(V, m, n);
         for (size_t j = 0; j < m; j++) {
