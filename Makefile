@@ -85,7 +85,11 @@ build/test_cuda_on_cpu: .ci/test_cuda_on_cpu.cpp $(wildcard .ci/*.h)
 	@mkdir -p build
 	$(EMULATE) -I.ci -o $@ .ci/test_cuda_on_cpu.cpp
 
+# How a step's time grows with sequence, experts and threads (about a minute).
+scaling: moe
+	@.ci/scaling
+
 clean:
 	rm -rf build moe test_moe moe_gpu moe_emu
 
-.PHONY: run test gpu emu verify clean
+.PHONY: run test gpu emu verify scaling clean

@@ -4581,6 +4581,7 @@ static int command_bench(const Options *o)
     }
     metered.on = 0;
     double work = 3 * flops_forward(&c, T, 1) * (double)N;
+    size_t grown = min_size(T, 256); // tokens of a sequence at the end of decoding
     if (!json)
         printf("\na step of %zu x %zu tokens with %s, the fastest of %zu\n"
                "  %-24s %5s %9s %6s %8s %8s %7s %9s\n", B, T, muon ? "muon" : "adamw", steps,
@@ -4605,14 +4606,18 @@ static int command_bench(const Options *o)
                "work, %.1f%% of peak\n\ndecoding, sequences of %zu tokens\n"
                "  %-12s %10s %14s %12s\n", "between operations", "", 1e3 * (seconds - counted),
                100 * (1 - counted / seconds), (double)N / seconds, 1e-9 * work / seconds,
-               100 * work / seconds / flops[1], T, "sequences", "tokens/s", "GFLOP/s", "of peak");
+               100 * work / seconds / flops[1], grown, "sequences", "tokens/s", "GFLOP/s", "of peak");
     acts_free(&a);
     optimizer_free(&opt);
 
-    // decoding: work of a token is that of a sequence as long as T/2 .. T
-    double token_work = flops_forward(&c, T + T / 2, 0);
+    // the work of a token is that of the forward pass of a sequence as long as grown / 2 .. grown
+    double token_work = flops_forward(&c, grown + grown / 2, 0);
     for (size_t n = 1; n <= 512; n *= 8) {
-        double rate = bench_decode(&m, n, T);
+        Decoder plan = decoder_plan(&m, n, grown, 1, n, grown);
+        int fits = (double)plan.arena.used < free_memory();
+        decoder_free(&plan);
+        if (!fits) break;
+        double rate = bench_decode(&m, n, grown);
         if (json) printf("%s\"%zu\": %.6g", n > 1 ? ", " : "", n, rate);
         else printf("  %-12zu %10.0f %14.1f %11.1f%%\n", n, rate, 1e-9 * rate * token_work,
                     100 * rate * token_work / flops[1]);
@@ -4621,8 +4626,8 @@ static int command_bench(const Options *o)
                    1e-9 * rate * (double)active, 100 * rate * (double)active / weights[1]);
     }
     if (c.D > 0) {
-        double taken, plain = bench_generate(&m, T, 0, &taken);
-        double drafting = bench_generate(&m, T, 1, &taken);
+        double taken, plain = bench_generate(&m, grown, 0, &taken);
+        double drafting = bench_generate(&m, grown, 1, &taken);
         if (json) printf(", \"generate\": %.6g, \"speculate\": %.6g", plain, drafting);
         else printf("  generating %.0f tokens/s, with --speculate %.0f, %.0f%% of drafts taken\n",
                     plain, drafting, 100 * taken);
