@@ -1,9 +1,11 @@
 # make            builds ./moe
 # make run        trains a model on Shakespeare and lets it write (about 100 s on two cores)
+# make best       the same for five minutes
 # make test       builds and runs every test (under two minutes on two cores)
 # make gpu        builds ./moe_gpu, for the GPU of this machine or for GPU_ARCH=sm_90
 # make emu        builds ./moe_emu: moe.cu by the C++ compiler, its kernels run on the CPU
 # make verify     compares moe.cu with moe.c, on the GPU or, where there is none, as make emu
+# make scaling    how time grows with the sequence, the number of experts and threads
 # make clean      removes what was built; out/, with the trained models, stays
 #
 # CC=clang, CFLAGS=... and OPENMP= (none) may be given. Results do not depend on them beyond rounding.
@@ -25,17 +27,20 @@ EXCERPT = tinyshakespeare/excerpt.txt
 moe: moe.c Makefile
 	$(BUILD) -o $@ moe.c -lm
 
-run: moe
+run: TRAIN = --out out/shakespeare
+best: TRAIN = --out out/best --steps 1600
+run best: moe
 	@said=$$(sh tinyshakespeare/fetch.sh 2>&1) || said="$$said; training on $(EXCERPT) instead"; \
 	    test -z "$$said" || echo "$$said"
-	./moe train --out out/shakespeare --data $$(test -f $(DATA) && echo $(DATA) || echo $(EXCERPT))
+	./moe train $(TRAIN) --data $$(test -f $(DATA) && echo $(DATA) || echo $(EXCERPT))
 
 # The tests exist twice in one program: in float, as moe is, and in double, for gradients.
-test_moe: test_moe.c moe.c Makefile
-	@mkdir -p build
-	$(BUILD) -DMOE_DOUBLE -c -o build/test_double.o test_moe.c
-	$(BUILD) -c -o build/test_float.o test_moe.c
+test_moe: build/test_float.o build/test_double.o
 	$(BUILD) -o $@ build/test_float.o build/test_double.o -lm
+
+build/test_%.o: test_moe.c moe.c Makefile
+	@mkdir -p build
+	$(BUILD) $(if $(filter double,$*),-DMOE_DOUBLE) -c -o $@ test_moe.c
 
 test: moe test_moe $(if $(shell command -v $(CXX)),build/test_cuda_on_cpu verify)
 	$(if $(shell command -v $(CXX)),./build/test_cuda_on_cpu)
@@ -92,4 +97,4 @@ scaling: moe
 clean:
 	rm -rf build moe test_moe moe_gpu moe_emu
 
-.PHONY: run test gpu emu verify scaling clean
+.PHONY: run best test gpu emu verify scaling clean

@@ -3514,10 +3514,10 @@ enum {
     X(TRAIN, Count, stop_after, "stop-after", "0", "K", "end after step K, saving; 0: do not") \
     X(RUN, Count, save_every, "save-every", "200", "N", "steps between saves; 0: at the end") \
     X(CHECK, Text, dump, "dump", "", "FILE", "write logits, losses and gradients there") \
-    X(RUN, Count, steps, "steps", "780", "N", "steps to train") \
+    X(RUN, Count, steps, "steps", "600", "N", "steps to train") \
     X(CHECK, Count, check_steps, "steps", "0", "N", "AdamW steps to take on the batch") \
     X(BENCH, Count, bench_steps, "steps", "20", "N", "training steps; the fastest counts") \
-    X(RUN | CHECK | BENCH, Count, batch, "batch", "8", "B", "sequences at once") \
+    X(RUN | CHECK | BENCH, Count, batch, "batch", "16", "B", "sequences at once") \
     X(RUN | EVAL | CHECK | BENCH, Count, seq, "seq", "0", "T", \
       "tokens of a sequence; 0: max_position_embeddings") \
     X(RUN, Count, accumulate, "accumulate", "1", "N", "batches whose gradients make one step") \
