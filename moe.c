@@ -29,7 +29,7 @@ Papers, cited below as [V2] arXiv:2405.04434, [V3] arXiv:2412.19437, [YaRN] arXi
     12  Benchmark              the machine's limits and how near we come
     13  Commands
 
-Sections 5 to 13 never mention a device: they call operations and move memory with device_*().
+Sections 5 to 13 know no device: they call operations and move memory with device_*().
 A pointer's comment gives its shape, rows first. An operation's outputs come before its inputs.
 */
 #define _POSIX_C_SOURCE 200809L
