@@ -4606,7 +4606,8 @@ static int command_bench(const Options *o)
                "work, %.1f%% of peak\n\ndecoding, sequences of %zu tokens\n"
                "  %-12s %10s %14s %12s\n", "between operations", "", 1e3 * (seconds - counted),
                100 * (1 - counted / seconds), (double)N / seconds, 1e-9 * work / seconds,
-               100 * work / seconds / flops[1], grown, "sequences", "tokens/s", "GFLOP/s", "of peak");
+               100 * work / seconds / flops[1], grown, "sequences", "tokens/s", "GFLOP/s",
+               "of peak");
     acts_free(&a);
     optimizer_free(&opt);
 
