@@ -45,6 +45,7 @@ A pointer's comment gives its shape, rows first. An operation's outputs come bef
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef _OPENMP
@@ -1416,14 +1417,15 @@ static void combine_backward(real *dout, accum *dg, const real *dy, const real *
         }
 }
 
-// loss[n] = lse[n] - logits[n, target[n]] with lse = log sum exp; 0 where the target is -1.
-static void cross_entropy_forward(accum *loss,        // [N]
+// loss[n] = lse[n] - z[n, target[n]] with z = logits / temperature and lse = log sum exp z.
+static void cross_entropy_forward(accum *loss,        // [N] -log p(target)
                                   accum *lse,         // [N]
                                   const real *logits, // [N, V]
                                   const int *target,  // [N]
-                                  size_t N, size_t V)
+                                  double temperature, size_t N, size_t V)
 {
     METER(__func__, 0, N * V * sizeof(real));
+    real beta = (real)(1 / temperature);
     #pragma omp parallel for if (N * V > SMALL)
     for (size_t n = 0; n < N; n++) {
         const real *z = logits + n * V;
@@ -1431,23 +1433,26 @@ static void cross_entropy_forward(accum *loss,        // [N]
         for (size_t v = 1; v < V; v++) max = z[v] > max ? z[v] : max;
         accum sum = 0;
         #pragma omp simd reduction(+ : sum)
-        for (size_t v = 0; v < V; v++) sum += fast_exp(z[v] - max);
-        lse[n] = (accum)(max + log((double)sum));
-        loss[n] = target[n] < 0 ? 0 : lse[n] - z[target[n]];
+        for (size_t v = 0; v < V; v++) sum += fast_exp(beta * (z[v] - max));
+        lse[n] = (accum)(beta * max + log((double)sum));
+        loss[n] = lse[n] - beta * z[target[n]];
     }
 }
 
-// loss = lse - z_target: dz_v = dloss (exp(z_v - lse) - [v = target]); 0 where the target is -1.
-static void cross_entropy_backward(real *dlogits, double dloss, const accum *lse,
-                                   const real *logits, const int *target, size_t N, size_t V)
+// loss = lse - z_target: dlogits_v = scale dloss / temperature (exp(z_v - lse) - [v = target]).
+static void cross_entropy_backward(real *dlogits, double scale,
+                                   const accum *dloss, // [N]
+                                   const accum *lse, const real *logits, const int *target,
+                                   double temperature, size_t N, size_t V)
 {
     METER(__func__, 0, 2 * N * V * sizeof(real));
+    real beta = (real)(1 / temperature);
     #pragma omp parallel for if (N * V > SMALL)
     for (size_t n = 0; n < N; n++) {
         const real *z = logits + n * V;
-        real *dz = dlogits + n * V, scale = target[n] < 0 ? 0 : (real)dloss;
-        for (size_t v = 0; v < V; v++) dz[v] = scale * fast_exp(z[v] - lse[n]);
-        if (target[n] >= 0) dz[target[n]] -= scale;
+        real *dz = dlogits + n * V, d = (real)scale * dloss[n] * beta;
+        for (size_t v = 0; v < V; v++) dz[v] = d * fast_exp(beta * z[v] - lse[n]);
+        dz[target[n]] -= d;
     }
 }
 
@@ -1697,9 +1702,10 @@ static void layer_acts_bind(Arena *arena, LayerActs *a, const Config *c, int set
 // What depth k of the model (0: the main model) reads: sequences of T - k tokens.
 typedef struct {
     size_t B, T;
-    int *token;  // [B, T] what is embedded
-    int *target; // [B, T] what is to be predicted, -1: nothing
-    int *pos;    // [B, T]
+    int *token;    // [B, T] what is embedded
+    int *target;   // [B, T] what is to be predicted
+    int *pos;      // [B, T]
+    accum *weight; // [B, T] of each token's loss in that of the batch
 } Batch;
 
 // A forward pass of B sequences of T tokens, kept for the backward pass when training; otherwise
@@ -1713,6 +1719,7 @@ typedef struct {
     LayerActs d;          // gradients, of one layer at a time; d.x is the residual stream's
     Batch *batch;         // [1 + depths]
     accum *rope;          // [T, Dr]
+    double temperature, alpha, mtp_weight; // of the loss: 1, and the configuration's
 } Acts;
 
 // Angles of rope_forward for positions 0 .. T-1 ([YaRN] 3.1-3.4 when rope_scaling is set).
@@ -1777,6 +1784,7 @@ static void acts_bind(Acts *a, const Config *c)
         b->token = (int *)arena_take(&a->arena, b->B * b->T, sizeof(int));
         b->target = (int *)arena_take(&a->arena, b->B * b->T, sizeof(int));
         b->pos = (int *)arena_take(&a->arena, b->B * b->T, sizeof(int));
+        b->weight = (accum *)arena_take(&a->arena, b->B * b->T, sizeof(accum));
     }
 }
 
@@ -1789,6 +1797,7 @@ static Acts acts_plan(const Config *c, size_t B, size_t T, int training)
     a.depths = training ? min_size(c->D, T - 1) : 0; // depth k needs T > k
     a.B = B;
     a.T = T;
+    a.temperature = 1, a.alpha = c->alpha, a.mtp_weight = c->mtp_weight;
     if (B > ((size_t)1 << 40) / T) // so that no size below overflows
         die(FAILED, "%zu sequences of %zu tokens need more than 1000000 MB of memory; use a "
             "smaller --batch or --seq", B, T);
@@ -1818,11 +1827,36 @@ static void acts_free(Acts *a)
     free(a->batch);
 }
 
-// Gives B rows of T + 1 tokens to the model. Depth k embeds token i + k at position i and is to
-// predict token i + k + 1, for the T - k positions that have one.
+// Fewer sequences, or shorter ones, in the memory of acts_make's.
+static void acts_shrink(Acts *a, const Config *c, size_t B, size_t T)
+{
+    a->B = B;
+    a->T = T;
+    acts_bind(a, c);
+}
+
+// Weighs the loss of each token that is to be predicted; the weights should sum to 1 or less.
+static void acts_weigh(Acts *a, const accum *weight) // [B, T], host memory
+{
+    accum *host = (accum *)host_alloc(a->B * a->T, sizeof(accum));
+    for (size_t k = 0; k <= a->depths; k++) {
+        Batch *b = &a->batch[k];
+        size_t n = b->B * b->T;
+        for (size_t i = 0; i < n; i++) host[i] = weight[i / b->T * a->T + i % b->T + k];
+        to_device(b->weight, host, n * sizeof(accum));
+    }
+    free(host);
+}
+
+// Gives B rows of T + 1 tokens to the model, all of the same weight. Depth k embeds token i + k at
+// position i and is to predict token i + k + 1, for the T - k positions that have one.
 static void acts_load(Acts *a, const int *tokens) // [B, T + 1], host memory
 {
     int *host = (int *)host_alloc(3 * a->B * a->T, sizeof(int));
+    accum *weight = (accum *)host_alloc(a->B * a->T, sizeof(accum));
+    for (size_t i = 0; i < a->B * a->T; i++) weight[i] = (accum)(1 / (double)(a->B * a->T));
+    acts_weigh(a, weight);
+    free(weight);
     for (size_t k = 0; k <= a->depths; k++) {
         Batch *b = &a->batch[k];
         size_t n = b->B * b->T;
@@ -2093,22 +2127,25 @@ static void model_forward(const Model *m, Acts *a)
             block_forward(al, &m->layer[l], c, b, a->rope);
         }
         head_forward(m, al, k, b->B * b->T);
-        cross_entropy_forward(al->loss, al->lse_v, al->logits, b->target, b->B * b->T, c->V);
+        cross_entropy_forward(al->loss, al->lse_v, al->logits, b->target, a->temperature,
+                              b->B * b->T, c->V);
     }
 }
 
-// Adds scale * d(loss of the batch) to the gradients, where, per token ([V3] 24-25, 17),
-//     loss = main + mtp_weight * mean over depths of mtp_k + alpha * balance.
+// Adds scale * d(loss of the batch) to the gradients, where ([V3] 24-25, 17)
+//     loss = main + mtp_weight * mean over depths of mtp_k + alpha * balance,
+// main and mtp_k the tokens' losses times their weights.
 static void model_backward(Model *m, Acts *a, double scale)
 {
     const Config *c = &m->config;
     LayerActs *d = &a->d;
-    double dbalance = scale * c->alpha / (double)a->B, dloss = scale / (double)(a->B * a->T);
+    double dbalance = scale * a->alpha / (double)a->B;
     for (size_t depth = a->depths + 1; depth-- > 0;) {
         const Batch *b = &a->batch[depth];
         size_t last = c->L - 1 + depth, first = depth ? last : 0, N = b->B * b->T;
-        cross_entropy_backward(d->logits, depth ? dloss * c->mtp_weight / (double)c->D : dloss,
-                               a->layer[last].lse_v, a->layer[last].logits, b->target, N, c->V);
+        cross_entropy_backward(d->logits, depth ? scale * a->mtp_weight / (double)c->D : scale,
+                               b->weight, a->layer[last].lse_v, a->layer[last].logits, b->target,
+                               a->temperature, N, c->V);
         head_backward(m, d, &a->layer[last], depth, N, depth == a->depths ? SET : ADD);
         for (size_t l = last + 1; l-- > first;)
             block_backward(d, &m->dlayer[l], &a->layer[l], &m->layer[l], c, b, a->rope, dbalance);
@@ -2126,12 +2163,14 @@ typedef struct {
     double total, main, mtp, balance; // mtp: mean over depths; mtp and balance unweighted
 } Losses;
 
-static double sum_of(const accum *x, size_t n)
+// sum_i x_i weight_i; NULL: of weight 1.
+static double sum_of(const accum *x, const accum *weight, size_t n)
 {
-    accum *host = (accum *)host_alloc(n, sizeof(accum));
+    accum *host = (accum *)host_alloc(2 * n, sizeof(accum));
     double sum = 0;
     to_host(host, x, n * sizeof(accum));
-    for (size_t i = 0; i < n; i++) sum += (double)host[i];
+    if (weight) to_host(host + n, weight, n * sizeof(accum));
+    for (size_t i = 0; i < n; i++) sum += (double)host[i] * (weight ? (double)host[n + i] : 1);
     free(host);
     return sum;
 }
@@ -2141,14 +2180,14 @@ static Losses model_losses(const Model *m, const Acts *a)
     const Config *c = &m->config;
     Losses s = {0, 0, 0, 0};
     for (size_t k = 0; k <= a->depths; k++) {
-        double mean = sum_of(a->layer[c->L - 1 + k].loss, a->batch[k].B * a->batch[k].T) /
-                      (double)(a->B * a->T);
+        const Batch *b = &a->batch[k];
+        double mean = sum_of(a->layer[c->L - 1 + k].loss, b->weight, b->B * b->T);
         if (k == 0) s.main = mean;
         else s.mtp += mean / (double)c->D;
     }
     for (size_t l = 0; l < c->L + a->depths; l++)
-        if (is_moe(c, l)) s.balance += sum_of(a->layer[l].balance, a->B) / (double)a->B;
-    s.total = s.main + (a->depths ? c->mtp_weight * s.mtp : 0) + c->alpha * s.balance;
+        if (is_moe(c, l)) s.balance += sum_of(a->layer[l].balance, NULL, a->B) / (double)a->B;
+    s.total = s.main + (a->depths ? a->mtp_weight * s.mtp : 0) + a->alpha * s.balance;
     return s;
 }
 
@@ -2535,8 +2574,13 @@ typedef struct {
     double temperature; // 0: always the likeliest token
     int top_k;          // only the k likeliest; 0: all
     double top_p;       // only the fewest likeliest tokens that together have this probability
-    uint64_t seed;
+    uint64_t seed, stream;
 } Sampler;
+
+typedef struct {
+    int token;
+    double logp, entropy; // of what it was drawn from, after temperature, top_k and top_p
+} Draw;
 
 typedef struct {
     double p;
@@ -2549,9 +2593,9 @@ static int compare_choices(const void *x, const void *y)
     return a->p > b->p ? -1 : a->p < b->p ? 1 : a->token - b->token;
 }
 
-// Draws a token from logits [V] in host memory. `at` numbers the draw: the same seed, place and
-// logits give the same token, however the logits were come by.
-static int sample_token(const Sampler *s, const accum *logits, size_t V, uint64_t at)
+// Draws a token from logits [V] in host memory. `at` numbers the draw: the same seed, stream, place
+// and logits give the same token, however the logits were come by.
+static Draw sample_token(const Sampler *s, const accum *logits, size_t V, uint64_t at)
 {
     size_t best = 0;
     for (size_t v = 0; v < V; v++) {
@@ -2559,7 +2603,8 @@ static int sample_token(const Sampler *s, const accum *logits, size_t V, uint64_
             die(FAILED, "a logit is not a finite number: the model's weights are damaged");
         if (logits[v] > logits[best]) best = v;
     }
-    if (s->temperature <= 0) return (int)best;
+    Draw d = {(int)best, 0, 0};
+    if (s->temperature <= 0) return d;
     Choice *choice = (Choice *)host_alloc(V, sizeof(Choice));
     double sum = 0, kept = 0;
     for (size_t v = 0; v < V; v++) {
@@ -2567,18 +2612,21 @@ static int sample_token(const Sampler *s, const accum *logits, size_t V, uint64_
         choice[v].token = (int)v;
         sum += choice[v].p;
     }
-    qsort(choice, V, sizeof(Choice), compare_choices);
     size_t n = s->top_k > 0 ? min_size(V, (size_t)s->top_k) : V;
+    if (n < V || s->top_p < 1) qsort(choice, V, sizeof(Choice), compare_choices);
     for (size_t i = 0; i < n; i++) {
         kept += choice[i].p;
-        if (kept >= s->top_p * sum) n = i + 1;
+        if (s->top_p < 1 && kept >= s->top_p * sum) n = i + 1;
     }
-    double u = random_uniform(s->seed, 0, at) * kept;
+    double u = random_uniform(s->seed, s->stream, at) * kept;
     size_t i = 0;
     while (i + 1 < n && u >= choice[i].p) u -= choice[i++].p;
-    int token = choice[i].token;
+    d.token = choice[i].token;
+    d.logp = log(choice[i].p / kept);
+    for (size_t v = 0; v < n; v++)
+        if (choice[v].p > 0) d.entropy -= choice[v].p / kept * log(choice[v].p / kept);
     free(choice);
-    return token;
+    return d;
 }
 
 typedef struct {
@@ -2611,7 +2659,7 @@ static Generation generate(Decoder *s, const Sampler *sampler, int *text, size_t
         if (done == length) { // the last row tells the next token; the draft, if right, one more
             for (size_t i = n - 1; i < n + (size_t)drafted; i++) {
                 reals_to_host(logits, s->a.logits + i * V, V);
-                text[length] = sample_token(sampler, logits, V, length);
+                text[length] = sample_token(sampler, logits, V, length).token;
                 emit(text[length++]);
                 if (i + 1 < n + (size_t)drafted && text[length - 1] != draft) break;
             }
@@ -2625,8 +2673,8 @@ static Generation generate(Decoder *s, const Sampler *sampler, int *text, size_t
             n = min_size(done, length - 1) - first;
             decode_mtp(s, text + first + 1, n);
             reals_to_host(logits, s->a.logits + (n - 1) * V, V);
-            Sampler likeliest = {0, 0, 1, 0};
-            draft = done + 1 == length ? sample_token(&likeliest, logits, V, 0) : -1;
+            Sampler likeliest = {0, 0, 1, 0, 0};
+            draft = done + 1 == length ? sample_token(&likeliest, logits, V, 0).token : -1;
         }
     }
     g.generated = length - prompt;
@@ -2634,6 +2682,520 @@ static Generation generate(Decoder *s, const Sampler *sampler, int *text, size_t
     free(rows);
     free(logits);
     return g;
+}
+
+// ------------------------------------------------------------------------------------------------
+// 8  Reinforcement learning
+
+// [R1]: a model answers questions, a rule judges the answers, and what did better than the other
+// answers to its question becomes likelier. Nobody shows it how to answer.
+
+// Texts that begin with a prompt and go on as the policy draws them.
+typedef struct {
+    size_t n, most;          // texts, tokens that one may have
+    int *text;               // [n, most]
+    size_t *prompt, *length; // [n] tokens of the prompt, and of all
+    accum *logp;             // [n, most] log-probability of each token drawn, 0 in the prompt
+    double entropy;          // of the distributions that tokens were drawn from, on average
+    size_t drawn;            // tokens
+} Rollout;
+
+static Rollout rollout_make(size_t n, size_t most)
+{
+    Rollout r = {n, most, NULL, NULL, NULL, NULL, 0, 0};
+    r.text = (int *)host_alloc(size_mul(n, most), sizeof(int));
+    r.logp = (accum *)host_alloc(size_mul(n, most), sizeof(accum));
+    r.prompt = (size_t *)host_alloc(2 * n, sizeof(size_t));
+    r.length = r.prompt + n;
+    return r;
+}
+
+static void rollout_free(Rollout *r)
+{
+    free(r->text);
+    free(r->logp);
+    free(r->prompt);
+}
+
+// Draws all answers side by side, a token a call, each until it ends in `end` or is `most` long; an
+// answer that has ended leaves the batch. Text i draws from the sampler's stream + i.
+static void rollout_draw(Rollout *r, Decoder *s, const Sampler *sampler, int end)
+{
+    size_t V = s->m->config.V, running = r->n, most = r->most;
+    int *row = (int *)host_alloc(3 * r->n, sizeof(int)), *slot = row + r->n, *pos = slot + r->n;
+    accum *logits = (accum *)host_alloc(size_mul(r->n, V), sizeof(accum));
+    double *entropy = (double *)host_alloc(r->n, sizeof(double));
+    for (size_t i = 0; i < r->n; i++) slot[i] = (int)i, r->length[i] = r->prompt[i];
+    r->entropy = 0, r->drawn = 0;
+    for (size_t t = 0; running > 0; t++) {
+        for (size_t k = 0; k < running; k++) {
+            row[k] = r->text[(size_t)slot[k] * most + t];
+            pos[k] = (int)t;
+        }
+        decode(s, row, slot, pos, running);
+        reals_to_host(logits, s->a.logits, running * V);
+        #pragma omp parallel for
+        for (size_t k = 0; k < running; k++) {
+            size_t i = (size_t)slot[k], next = i * most + t + 1;
+            if (t + 1 < r->prompt[i]) continue;
+            Sampler own = *sampler;
+            own.stream += i;
+            Draw d = sample_token(&own, logits + k * V, V, t + 1);
+            r->text[next] = d.token;
+            r->logp[next] = (accum)d.logp;
+            r->length[i] = t + 2;
+            entropy[i] += d.entropy;
+        }
+        size_t kept = 0;
+        for (size_t k = 0; k < running; k++) {
+            size_t i = (size_t)slot[k], length = r->length[i];
+            int ended = length > r->prompt[i] &&
+                        (length == most || r->text[i * most + length - 1] == end);
+            if (!ended) slot[kept++] = slot[k];
+        }
+        running = kept;
+    }
+    for (size_t i = 0; i < r->n; i++) {
+        r->entropy += entropy[i];
+        r->drawn += r->length[i] - r->prompt[i];
+    }
+    r->entropy /= (double)r->drawn;
+    free(row);
+    free(logits);
+    free(entropy);
+}
+
+// The advantage of each of a group's G answers ([R1] 3): A_i = (r_i - mean r) / std r; 0 where all
+// are alike. Returns std r.
+static double group_advantages(double *A,       // [G]
+                               const double *r, // [G] rewards
+                               size_t G)
+{
+    double mean = 0, variance = 0;
+    for (size_t i = 0; i < G; i++) mean += r[i] / (double)G;
+    for (size_t i = 0; i < G; i++) variance += (r[i] - mean) * (r[i] - mean) / (double)G;
+    double std = sqrt(variance);
+    for (size_t i = 0; i < G; i++) A[i] = std > 1e-9 ? (r[i] - mean) / std : 0;
+    return std;
+}
+
+typedef struct {
+    double clip; // epsilon
+    double kl;   // beta
+} Grpo;
+
+typedef struct {
+    double loss, kl, clipped; // sums over answers of means over their tokens
+} GrpoSums;
+
+// An answer's loss, of log-probabilities pi of its tokens now, when drawn and in the reference
+// ([R1] 1-2), and its derivative by the cross-entropy ce_t = -log pi(o_t):
+//     loss = -1/T sum_t (min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A) - beta D_t),
+//     rho_t = pi(o_t) / pi_old(o_t),   D_t = pi_ref / pi - log(pi_ref / pi) - 1,
+//     dloss/dce_t = ([not clipped] rho_t A - beta (1 - pi_ref / pi)) / T.
+static GrpoSums grpo_loss(accum *dce,        // [T]
+                          const accum *ce,   // [T]
+                          const accum *old,  // [T] log pi_old(o_t)
+                          const accum *ref,  // [T] log pi_ref(o_t); NULL: no reference
+                          size_t T, double A, const Grpo *g)
+{
+    GrpoSums s = {0, 0, 0};
+    double share = 1 / (double)T;
+    for (size_t t = 0; t < T; t++) {
+        double rho = exp((double)-ce[t] - (double)old[t]);
+        double bounded = fmin(fmax(rho, 1 - g->clip), 1 + g->clip);
+        double log_ratio = ref ? (double)ref[t] + (double)ce[t] : 0, ratio = exp(log_ratio);
+        int clipped = bounded * A < rho * A;
+        s.loss -= share * (fmin(rho * A, bounded * A) - g->kl * (ratio - log_ratio - 1));
+        s.kl += share * (ratio - log_ratio - 1);
+        s.clipped += share * clipped;
+        dce[t] = (accum)(share * ((clipped ? 0 : rho * A) - g->kl * (1 - ratio)));
+    }
+    return s;
+}
+
+// Adds the gradient of the mean of grpo_loss over answers order[0 .. n) of r to the model's, as
+// many at a time as `room` tokens hold; equally long ones should stand together. ref may be NULL.
+static GrpoSums grpo_backward(Model *m, const Model *ref, Acts *a, size_t room, const Rollout *r,
+                              const size_t *order, size_t n, const double *A, // [r->n]
+                              const Grpo *g)
+{
+    const Config *c = &m->config;
+    size_t B;
+    GrpoSums sums = {0, 0, 0};
+    accum *weight = (accum *)host_alloc(3 * room, sizeof(accum));
+    accum *ce = weight + room, *ref_logp = ce + room; // [B, T]
+    int *rows = (int *)host_alloc(2 * room, sizeof(int)); // [B, T + 1]
+    for (size_t at = 0; at < n; at += B) {
+        size_t T = 0, longest = 0;
+        for (B = 0; at + B < n; B++) { // as many as fit
+            longest = longest > r->length[order[at + B]] ? longest : r->length[order[at + B]];
+            if ((longest - 1) * (B + 1) > room) break;
+            T = longest - 1;
+        }
+        acts_shrink(a, c, B, T);
+        memset(rows, 0, B * (T + 1) * sizeof(int)); // what follows an answer weighs nothing
+        memset(weight, 0, B * T * sizeof(accum));
+        for (size_t b = 0; b < B; b++) {
+            size_t i = order[at + b];
+            memcpy(rows + b * (T + 1), r->text + i * r->most, r->length[i] * sizeof(int));
+        }
+        acts_load(a, rows);
+        if (ref) {
+            model_forward(ref, a);
+            to_host(ref_logp, a->layer[c->L - 1].loss, B * T * sizeof(accum));
+            for (size_t i = 0; i < B * T; i++) ref_logp[i] = -ref_logp[i];
+        }
+        model_forward(m, a);
+        to_host(ce, a->layer[c->L - 1].loss, B * T * sizeof(accum));
+        for (size_t b = 0; b < B; b++) { // position t predicts token t + 1
+            size_t i = order[at + b], prompt = r->prompt[i], first = b * T + prompt - 1;
+            size_t answer = r->length[i] - prompt;
+            GrpoSums s = grpo_loss(weight + first, ce + first, r->logp + i * r->most + prompt,
+                                   ref ? ref_logp + first : NULL, answer, A[i], g);
+            for (size_t t = 0; t < answer; t++) weight[first + t] /= (accum)n;
+            sums.loss += s.loss, sums.kl += s.kl, sums.clipped += s.clipped;
+        }
+        acts_weigh(a, weight);
+        model_backward(m, a, 1);
+    }
+    free(weight);
+    free(rows);
+    return sums;
+}
+
+// ------------------------------------------------------------------------------------------------
+// 9  Tasks
+
+// Questions that a program can make, and whose answers it can judge. A line of text holds both:
+//     question <TAB> <think>any thoughts</think><answer>the answer</answer> <NEWLINE>
+// add 347+586, mul 23*45: the number. sort 5,31,8: the numbers in order. countdown 3,5,8=64: an
+// expression of all the numbers, each used once, with + - * / ( ), that equals the target.
+enum { TASK_ADD, TASK_MUL, TASK_COUNTDOWN, TASK_SORT, TASKS };
+static const char *const task_names[TASKS] = {"add", "mul", "countdown", "sort"};
+
+enum { NUMBERS = 8, LINE = 2048 }; // most numbers of a question, bytes of a line
+
+typedef struct {
+    int task;
+    size_t n;
+    long number[NUMBERS], target; // target: of countdown
+} Question;
+
+typedef struct {
+    size_t length;
+    char text[LINE];
+} Line;
+
+static void put(Line *line, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(line->text + line->length, LINE - line->length, format, args);
+    va_end(args);
+    line->length = min_size(line->length + (size_t)n, LINE - 1);
+}
+
+typedef struct { uint64_t seed, stream, counter; } Random;
+
+static long pick(Random *r, long n) // 0 .. n - 1
+{
+    return (long)(random_u64(r->seed, r->stream, r->counter++) % (uint64_t)n);
+}
+
+static int chance(Random *r, double p)
+{
+    return random_uniform(r->seed, r->stream, r->counter++) < p;
+}
+
+// What stands between the numbers of a question.
+static const char *const separators[TASKS] = {"+", "*", ",", ","};
+
+static void put_numbers(Line *line, const Question *q)
+{
+    for (size_t i = 0; i < q->n; i++)
+        put(line, i ? "%s%ld" : "%.0s%ld", separators[q->task], q->number[i]);
+}
+
+static void put_question(Line *line, const Question *q)
+{
+    put_numbers(line, q);
+    if (q->task == TASK_COUNTDOWN) put(line, "=%ld", q->target);
+}
+
+// A number as it is written: no sign, no needless 0, at most 9 digits. Moves *text behind it.
+static int take_number(const char **text, long *x)
+{
+    size_t digits = strspn(*text, "0123456789");
+    if (!digits || digits > 9 || (**text == '0' && digits > 1)) return 0;
+    *x = strtol(*text, NULL, 10);
+    *text += digits;
+    return 1;
+}
+
+// Reads put_question's text; 0 if it is something else.
+static int parse_question(Question *q, int task, const char *text)
+{
+    int countdown = task == TASK_COUNTDOWN, pair = task == TASK_ADD || task == TASK_MUL;
+    memset(q, 0, sizeof *q);
+    q->task = task;
+    do
+        if (q->n == NUMBERS || !take_number(&text, &q->number[q->n++])) return 0;
+    while (*text == *separators[task] && text++);
+    if (pair ? q->n != 2 : q->n < 1) return 0;
+    return (!countdown || (*text++ == '=' && take_number(&text, &q->target))) && !*text;
+}
+
+static int compare_longs(const void *x, const void *y)
+{
+    long a = *(const long *)x, b = *(const long *)y;
+    return (a > b) - (a < b);
+}
+
+// Whether a question is one of the eighth that is kept for testing: all with the same numbers are,
+// in whatever order.
+static int is_for_testing(const Question *q)
+{
+    long sorted[NUMBERS];
+    uint64_t hash = (uint64_t)q->target;
+    memcpy(sorted, q->number, sizeof sorted);
+    qsort(sorted, q->n, sizeof *sorted, compare_longs);
+    for (size_t i = 0; i < q->n; i++) hash = random_u64(hash, (uint64_t)sorted[i], 0);
+    return hash % 8 == 0;
+}
+
+// One of countdown's ways through the numbers: two of what is there are replaced by their sum,
+// difference, product or quotient, where that is a whole number, until one is left. Returns it; the
+// steps read 3+5=8 8*8=64, the expression (3+5)*8.
+static long try_expression(const Question *q, Random *r, Line *steps, char expression[LINE])
+{
+    struct { long value; char text[128]; } at[NUMBERS], it;
+    size_t n = q->n;
+    for (size_t i = 0; i < n; i++) {
+        at[i].value = q->number[i];
+        snprintf(at[i].text, sizeof at[i].text, "%ld", q->number[i]);
+    }
+    while (n > 1) {
+        size_t i = (size_t)pick(r, (long)n), j = (size_t)pick(r, (long)n - 1);
+        char op = "+-*/"[pick(r, 4)];
+        j += j >= i;
+        long a = at[i].value, b = at[j].value;
+        if (op == '-' ? a < b : op == '*' ? a * b > 9999 : op == '/' && (b == 0 || a % b)) continue;
+        it.value = op == '+' ? a + b : op == '-' ? a - b : op == '*' ? a * b : a / b;
+        snprintf(it.text, sizeof it.text, n > 2 ? "(%.60s%c%.60s)" : "%.60s%c%.60s", at[i].text, op,
+                 at[j].text);
+        put(steps, "%s%ld%c%ld=%ld", n < q->n ? " " : "", a, op, b, it.value);
+        at[i] = it;
+        at[j] = at[--n];
+    }
+    snprintf(expression, LINE, "%s", at[0].text);
+    return at[0].value;
+}
+
+static long power_of_ten(long k) { return k > 0 ? 10 * power_of_ten(k - 1) : 1; }
+
+// The i-th question of a stream: `size` digits in each of two numbers, or `size` numbers.
+static Question make_question(int task, long size, int testing, uint64_t seed, uint64_t i)
+{
+    int pair = task == TASK_ADD || task == TASK_MUL;
+    Random r = {seed, 10 + (uint64_t)testing, i << 20};
+    Question q;
+    Line steps;
+    char expression[LINE];
+    do {
+        memset(&q, 0, sizeof q);
+        q.task = task;
+        q.n = pair ? 2 : (size_t)size;
+        long low = pair ? size > 1 ? power_of_ten(size - 1) : 0 : task == TASK_SORT ? 0 : 1;
+        long high = pair ? power_of_ten(size) : task == TASK_SORT ? 100 : 10;
+        for (size_t k = 0; k < q.n; k++) q.number[k] = low + pick(&r, high - low);
+        steps.length = 0;
+        if (task == TASK_COUNTDOWN) q.target = try_expression(&q, &r, &steps, expression);
+    } while (is_for_testing(&q) != testing || (task == TASK_COUNTDOWN && q.target > 99));
+    return q;
+}
+
+// The texts that a base model learns from: a share `worked` of them thinks before it answers, the
+// others answer at once, of which only a share `right` is right. Thinking slips now and then too.
+typedef struct { double worked, right, slips; } Quality;
+
+// Addition as one learns it, digit by digit from the right, the carry last: 7+6=13 4+8+1=13 3+5+1=9.
+static long work_add(Line *line, const Question *q, Random *r, double slips)
+{
+    long a = q->number[0], b = q->number[1], carry = 0, sum = 0, ten = 1;
+    for (; ten == 1 || a || b; a /= 10, b /= 10, ten *= 10) {
+        long s = a % 10 + b % 10 + carry;
+        if (chance(r, slips)) s += s > 0 && pick(r, 2) ? -1 : 1;
+        put(line, ten > 1 ? " %ld+%ld" : "%ld+%ld", a % 10, b % 10);
+        put(line, carry ? "+1=%ld" : "=%ld", s);
+        sum += s % 10 * ten;
+        carry = s / 10;
+    }
+    return sum + carry * ten;
+}
+
+// Multiplication by each digit, added up: 23*5=115 23*40=920 115+920=1035.
+static long work_mul(Line *line, const Question *q, Random *r, double slips)
+{
+    long a = q->number[0], b = q->number[1], sum = 0, ten = 1;
+    for (; ten == 1 || b; b /= 10, ten *= 10) {
+        long product = a * (b % 10) * ten + (chance(r, slips) ? ten : 0);
+        put(line, ten > 1 ? " %ld*%ld=%ld" : "%ld*%ld=%ld", a, b % 10 * ten, product);
+        if (ten > 1) put(line, " %ld+%ld=%ld", sum, product, sum + product);
+        sum += product;
+    }
+    return sum;
+}
+
+// Sorting by taking the smallest out: 5,31,8>5 31,8>8 31>31. Leaves the numbers in order.
+static void work_sort(Line *line, Question *q, Random *r, double slips)
+{
+    for (size_t i = 0; i < q->n; i++) {
+        size_t least = i;
+        for (size_t j = i; j < q->n; j++) {
+            put(line, j > i ? ",%ld" : i ? " %ld" : "%ld", q->number[j]);
+            if (q->number[j] < q->number[least]) least = j;
+        }
+        if (chance(r, slips)) least = i + (size_t)pick(r, (long)(q->n - i));
+        put(line, ">%ld", q->number[least]);
+        long it = q->number[least];
+        for (size_t j = least; j > i; j--) q->number[j] = q->number[j - 1];
+        q->number[i] = it;
+    }
+}
+
+// Countdown by trying, a few times; whether the last try is right is said beforehand.
+//     3+5=8 8+8=16, 3*5=15 15-8=7, 3+5=8 8*8=64
+static void work_countdown(Line *line, const Question *q, Random *r, long tries, int solved,
+                           char expression[LINE])
+{
+    for (long i = 1; i <= tries; i++) {
+        Line steps;
+        long value;
+        do {
+            steps.length = 0;
+            value = try_expression(q, r, &steps, expression);
+        } while ((value == q->target) != (i == tries && solved));
+        put(line, i > 1 ? ", %s" : "%s", steps.text);
+    }
+}
+
+// Adds an answer of the given quality to a line.
+static void put_solution(Line *line, const Question *question, Random *r, const Quality *quality)
+{
+    Question q = *question;
+    Line thoughts = {0, ""};
+    char expression[LINE];
+    int worked = chance(r, quality->worked), wrong = !worked && !chance(r, quality->right);
+    double slips = worked ? quality->slips : 0;
+    long x = 0;
+    switch (q.task) {
+    case TASK_ADD: x = work_add(&thoughts, &q, r, slips); break;
+    case TASK_MUL: x = work_mul(&thoughts, &q, r, slips); break;
+    case TASK_SORT: work_sort(&thoughts, &q, r, slips + wrong); break;
+    default: work_countdown(&thoughts, &q, r, worked ? 1 + pick(r, 4) : 1,
+                            worked ? !chance(r, slips) : !wrong, expression);
+    }
+    put(line, "<think>%s</think><answer>", worked ? thoughts.text : "");
+    if (q.task == TASK_SORT) put_numbers(line, &q);
+    else if (q.task == TASK_COUNTDOWN) put(line, "%s", expression);
+    else put(line, "%ld", wrong ? x + power_of_ten(pick(r, 3)) * (1 + pick(r, 8)) : x);
+    put(line, "</answer>");
+}
+
+// The value p / q of an expression, q = 0 if it has none; each number it uses is taken out of those
+// that may be used.
+typedef struct { long long p, q; } Ratio;
+
+typedef struct {
+    const char *at;
+    Question left;
+    int depth;
+} Expression;
+
+static Ratio parse_sum(Expression *e);
+
+static Ratio parse_factor(Expression *e) // a number or ( sum )
+{
+    Ratio none = {0, 0}, x = none;
+    long number;
+    if (*e->at == '(' && e->depth < NUMBERS) {
+        e->at++, e->depth++;
+        x = parse_sum(e);
+        e->depth--;
+        return *e->at == ')' && e->at++ ? x : none;
+    }
+    if (!take_number(&e->at, &number)) return none;
+    for (size_t i = 0; i < e->left.n; i++)
+        if (e->left.number[i] == number) {
+            e->left.number[i] = e->left.number[--e->left.n];
+            x.p = number, x.q = 1;
+            return x;
+        }
+    return none;
+}
+
+static Ratio parse_product(Expression *e) // factor * factor / ...
+{
+    Ratio x = parse_factor(e);
+    while (x.q && (*e->at == '*' || *e->at == '/')) {
+        char op = *e->at++;
+        Ratio y = parse_factor(e), result = {x.p * (op == '*' ? y.p : y.q),
+                                             x.q * (op == '*' ? y.q : y.p)};
+        x = result;
+        if (!y.q) x.q = 0;
+    }
+    return x;
+}
+
+static Ratio parse_sum(Expression *e) // product + product - ...
+{
+    Ratio x = parse_product(e);
+    while (x.q && (*e->at == '+' || *e->at == '-')) {
+        int sign = *e->at++ == '+' ? 1 : -1;
+        Ratio y = parse_product(e), result = {x.p * y.q + sign * y.p * x.q, x.q * y.q};
+        x = result;
+    }
+    return x;
+}
+
+// Whether text is the answer to a question, written as it should be.
+static int is_right(const Question *q, const char *text)
+{
+    Question sorted = *q;
+    Line right = {0, ""};
+    if (q->task == TASK_COUNTDOWN) {
+        Expression e = {text, *q, 0};
+        Ratio x = parse_sum(&e);
+        return x.q && !*e.at && e.left.n == 0 && x.p == q->target * x.q;
+    }
+    qsort(sorted.number, q->n, sizeof *sorted.number, compare_longs);
+    if (q->task == TASK_SORT) put_numbers(&right, &sorted);
+    else put(&right, "%ld", q->task == TASK_ADD ? q->number[0] + q->number[1]
+                                                : q->number[0] * q->number[1]);
+    return !strcmp(text, right.text);
+}
+
+typedef struct { double accuracy, format; } Reward; // 0 or 1 each
+
+// The rules of R1-Zero: 1 for the format, which is all of it, nothing around it, twice nothing; and
+// 1 if the answer is right as well. Thoughts may be empty: thinking is not what is paid for.
+static Reward judge(const Question *q, const char *answer)
+{
+    static const char open[] = "<think>", middle[] = "</think><answer>", close[] = "</answer>";
+    Reward none = {0, 0}, r = {0, 1};
+    char text[LINE];
+    if (strncmp(answer, open, sizeof open - 1)) return none;
+    answer += sizeof open - 1;
+    answer += strcspn(answer, "<");
+    if (strncmp(answer, middle, sizeof middle - 1)) return none;
+    answer += sizeof middle - 1;
+    size_t n = strcspn(answer, "<");
+    if (!n || n >= LINE || strcmp(answer + n, close)) return none;
+    memcpy(text, answer, n);
+    text[n] = 0;
+    r.accuracy = is_right(q, text);
+    return r;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -3500,21 +4062,50 @@ static Model model_load(const char *directory, int training)
 // what it takes, what it does.
 enum {
     TRAIN = 1, SAMPLE = 2, EVAL = 4, CHECK = 8, MOST = TRAIN | SAMPLE | EVAL | CHECK,
-    PLAN = 16, BENCH = 32, SAVED = 64, RUN = TRAIN | SAVED // saved with a run, for --resume
+    PLAN = 16, BENCH = 32, RL = 64, TASK = 128,
+    SAVED = 256, RUN = TRAIN | SAVED, RL_RUN = RL | SAVED // saved with a run, for --resume
 };
 #define CONFIG_NAMES "a config.json, laptop, laptop-mtp, moonlight-16b or deepseek-v3"
 #define GPU_NAMES "h800, h100, h200, h20, b200, a100, mi300x or rtx-4090"
 #define OPTIONS(X) \
-    X(MOST | BENCH, Text, model, "model", "", "DIR", "model directory to start from") \
+    X(MOST | BENCH | RL, Text, model, "model", "", "DIR", "model directory to start from") \
     X(TRAIN | CHECK | BENCH, Text, config, "config", "laptop", "FILE", "new model: " CONFIG_NAMES) \
     X(PLAN, Text, plan_config, "config", "deepseek-v3", "FILE", CONFIG_NAMES) \
     X(RUN | EVAL | CHECK, Text, data, "data", "", "FILE", "text to read") \
-    X(TRAIN, Text, out, "out", "out/model", "DIR", "where the trained model goes") \
-    X(TRAIN, Text, resume, "resume", "", "DIR", "go on with the run that was saved there") \
-    X(TRAIN, Count, stop_after, "stop-after", "0", "K", "end after step K, saving; 0: do not") \
+    X(TRAIN | RL, Text, out, "out", "out/model", "DIR", "where the trained model goes") \
+    X(TRAIN | RL, Text, resume, "resume", "", "DIR", "go on with the run that was saved there") \
+    X(TRAIN | RL, Count, stop_after, "stop-after", "0", "K", "end after step K, saving; 0: do not") \
     X(RUN, Count, save_every, "save-every", "200", "N", "steps between saves; 0: at the end") \
+    X(RL_RUN, Count, rl_save_every, "save-every", "20", "N", "steps between saves; 0: at the end") \
     X(CHECK, Text, dump, "dump", "", "FILE", "write logits, losses and gradients there") \
     X(RUN, Count, steps, "steps", "600", "N", "steps to train") \
+    X(RL_RUN | TASK, Text, task, "task", "add", "NAME", "add, mul, countdown or sort") \
+    X(RL_RUN | TASK, Text, size, "size", "3", "N", "digits, or numbers, of a question; or N-M") \
+    X(RL_RUN, Text, task_cmd, "task-cmd", "", "CMD", "program that writes questions, a line each") \
+    X(RL_RUN, Text, verify_cmd, "verify-cmd", "", "CMD", \
+      "program that reads question<TAB>answer lines and writes a reward for each") \
+    X(TASK, Count, lines, "lines", "100000", "N", "questions to write, with answers") \
+    X(TASK, Number, worked, "worked", "0.25", "X", "share of answers that are thought about") \
+    X(TASK, Number, right, "right", "0.3", "X", "share that is right of those given at once") \
+    X(TASK, Number, slips, "slips", "0.02", "X", "chance of a mistake in a step of thought") \
+    X(RL_RUN, Count, rl_steps, "steps", "40", "N", "steps to train") \
+    X(RL_RUN, Count, questions, "questions", "32", "N", "questions a step; R1: 32") \
+    X(RL_RUN, Count, group, "group", "16", "G", "answers to a question; R1: 16") \
+    X(RL_RUN, Count, max_tokens, "max-tokens", "96", "N", "tokens of an answer; R1: 32768") \
+    X(RL_RUN, Count, max_prompt, "max-prompt", "32", "N", "tokens of a question") \
+    X(RL_RUN, Count, minibatches, "minibatches", "1", "N", \
+      "parts of a step's answers, each an update; R1: 16") \
+    X(RL_RUN, Count, epochs, "epochs", "1", "N", "updates with each part; R1: 1") \
+    X(RL_RUN, Number, rl_clip, "clip", "0.2", "X", "epsilon of the ratio; R1: 10") \
+    X(RL_RUN, Number, kl, "kl", "0", "X", "beta of the divergence from the reference; R1: 0.001") \
+    X(RL_RUN, Count, ref_every, "ref-every", "400", "N", \
+      "steps between new references; 0: never; R1: 400") \
+    X(RL_RUN, Number, rl_temperature, "temperature", "1", "X", "of the answers drawn; R1: 1") \
+    X(RL_RUN, Text, rl_optimizer, "optimizer", "adamw", "NAME", "adamw or muon") \
+    X(RL_RUN, Number, rl_lr, "lr", "0.0003", "X", "learning rate; R1: 3e-6") \
+    X(RL_RUN, Number, rl_adam_lr, "adam-lr", "0.0003", "X", "beside muon, AdamW's learning rate") \
+    X(RL_RUN, Count, test, "test", "1000", "N", "questions of a test") \
+    X(RL_RUN, Count, test_every, "test-every", "10", "N", "steps between tests; 0: at the end") \
     X(CHECK, Count, check_steps, "steps", "0", "N", "AdamW steps to take on the batch") \
     X(BENCH, Count, bench_steps, "steps", "20", "N", "training steps; the fastest counts") \
     X(RUN | CHECK | BENCH, Count, batch, "batch", "16", "B", "sequences at once") \
@@ -3530,11 +4121,11 @@ enum {
     X(RUN, Count, warmup, "warmup", "20", "N", "steps of linear warm-up") \
     X(RUN, Number, hold, "hold", "0", "X", "share of the steps at the peak; V3: 0.68") \
     X(RUN, Number, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at") \
-    X(RUN | CHECK, Number, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
-    X(RUN | CHECK, Number, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
-    X(RUN | CHECK, Number, decay, "weight-decay", "0.1", "X", "decoupled weight decay") \
+    X(RUN | RL | CHECK, Number, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
+    X(RUN | RL | CHECK, Number, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
+    X(RUN | RL | CHECK, Number, decay, "weight-decay", "0.1", "X", "decoupled weight decay") \
     X(RUN | CHECK, Number, clip, "clip", "1", "X", "global gradient norm; 0: no clipping") \
-    X(RUN, Number, momentum, "momentum", "0.9", "X", "Muon's momentum") \
+    X(RUN | RL, Number, momentum, "momentum", "0.9", "X", "Muon's momentum") \
     X(RUN, Number, bias_speed, "bias-speed", "0.02", "X", "step of the routers' bias; V3: 0.001") \
     X(CHECK, Number, check_bias_speed, "bias-speed", "0.001", "X", "step of the routers' bias") \
     X(RUN, Number, val_share, "val-share", "0.1", "X", "last part of the text, to validate on") \
@@ -3563,8 +4154,8 @@ enum {
     X(PLAN, Number, mfu, "mfu", "0.4", "X", "model FLOPs utilization, of bfloat16's peak") \
     X(PLAN, Number, price, "price", "2", "X", "dollars a GPU hour") \
     X(PLAN | BENCH, Flag, json, "json", "", "", "print JSON") \
-    X(MOST | BENCH | SAVED, Count, seed, "seed", "1", "S", "of all random numbers") \
-    X(MOST | BENCH, Count, threads, "threads", "0", "N", "0: as many as there are")
+    X(MOST | BENCH | RL | TASK | SAVED, Count, seed, "seed", "1", "S", "of all random numbers") \
+    X(MOST | BENCH | RL, Count, threads, "threads", "0", "N", "0: as many as there are")
 
 typedef const char *Text;
 typedef size_t Count;
@@ -3726,7 +4317,7 @@ static void print_token(int token)
 static Generation sample(const Model *m, const Options *o, const char *prompt, int speculate)
 {
     size_t n = strlen(prompt);
-    Sampler s = {o->temperature, (int)min_size(o->top_k, m->config.V), o->top_p, o->seed};
+    Sampler s = {o->temperature, (int)min_size(o->top_k, m->config.V), o->top_p, o->seed, 0};
     Decoder d = SAMPLE_DECODER(decoder_make, m, n, o->tokens);
     int *tokens = (int *)host_alloc(n + o->tokens + 2, sizeof(int));
     tokens_copy(tokens, prompt, n);
@@ -3776,6 +4367,7 @@ static Recipe recipe_make(const Options *o, int muon, double lr, double adam_lr,
 
 // A run of training.
 typedef struct {
+    int command;           // TRAIN or RL
     Data text;
     size_t n_train, n_val; // bytes of it that train, and that validate
     size_t B, T;
@@ -3792,6 +4384,7 @@ static Run run_make(const Options *o, const Config *c)
 {
     Run r;
     memset(&r, 0, sizeof r);
+    r.command = TRAIN;
     r.text = data_load(o->data, c);
     r.B = o->batch;
     r.T = sequence_length(o, c);
@@ -3821,7 +4414,8 @@ static const char state_name[] = "optimizer.safetensors";
 
 // Saves the model for others, then in one file all that the run needs to go on, weights included,
 // so that a run killed at any instant finds the old state or the new one.
-static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *opt, FILE *log)
+static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *opt,
+                     const Model *ref, FILE *log)
 {
     size_t elements = m->layout.elements;
     Path path = path_join(o->out, state_name);
@@ -3834,19 +4428,21 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
     model_save(m, o->out);
     Output out = safetensors_open(path.text);
 #define SAVE_OPTION(commands, type, field, name, ...) \
-    if ((commands) & SAVED) { \
+    if (((commands) & SAVED) && ((commands) & r->command)) { \
         fprintf(out.f, ",\"--%s\":\"", name); \
         json_print(out.f, o->field##_text); \
         fputc('"', out.f); \
     }
     OPTIONS(SAVE_OPTION)
+    fprintf(out.f, ",\"command\":\"%d\"", r->command);
     fprintf(out.f, ",\"step\":\"%zu\",\"optimizer_step\":\"%ld\",\"train_loss\":\"%.17g\","
             "\"val_loss\":\"%.17g\",\"text_hash\":\"%016llx\"", r->step, opt->step, r->train_loss,
             r->val_loss, (unsigned long long)data_hash(&r->text));
-    Entry *entry = (Entry *)host_alloc(3 * count_entries(&m->layout), sizeof(Entry));
+    Entry *entry = (Entry *)host_alloc(4 * count_entries(&m->layout), sizeof(Entry));
     Entry *end = entries_add(entry, &m->layout, "", m->master);
     end = entries_add(end, &m->layout, "m.", opt->m);
     end = entries_add(end, &m->layout, "v.", opt->v);
+    if (ref) end = entries_add(end, &m->layout, "ref.", ref->master);
     safetensors_close(&out, entry, (size_t)(end - entry));
     r->saved = r->step;
     free(entry);
@@ -3862,19 +4458,21 @@ static const char *state_value(const Shard *s, const char *key)
 }
 
 // Takes the options that a run was started with, and the directory it is in.
-static void options_from_state(Options *o, const char *directory)
+static void options_from_state(Options *o, const char *directory, int command)
 {
     static Shard s; // stays open, as the options point into it
     s = shard_open(path_join(directory, state_name));
+    NEED(command == (int)parse_Count("command", state_value(&s, "command")),
+         "%s: holds a run of another command; train goes on with train, rl with rl", directory);
 #define TAKE_OPTION(commands, type, field, name, ...) \
-    if ((commands) & SAVED) \
+    if (((commands) & SAVED) && ((commands) & command)) \
         o->field = parse_##type(name, o->field##_text = state_value(&s, "--" name));
     OPTIONS(TAKE_OPTION)
     o->model = o->resume = o->out = directory;
 }
 
 // Puts a saved run back: weights, optimizer, position.
-static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
+static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt, Model *ref)
 {
     Checkpoint c = checkpoint_file(o->resume, state_name);
     const Shard *s = c.shard;
@@ -3889,6 +4487,7 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
     checkpoint_read(&c, &m->layout, "", m, NULL);
     checkpoint_read(&c, &m->layout, "m.", NULL, opt->m);
     checkpoint_read(&c, &m->layout, "v.", NULL, opt->v);
+    if (ref) checkpoint_read(&c, &m->layout, "ref.", ref, NULL);
     checkpoint_all_used(&c);
     checkpoint_close(&c);
     NEED(r->step < o->steps, "%s: the run has taken all its %zu steps; a larger --steps goes on",
@@ -3897,9 +4496,8 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt)
 
 // Opens log.csv with the rows of the steps that are done, and nothing after them. They are gone if
 // another run began in the directory and was killed before it saved.
-static FILE *log_open(const Run *r, const Options *o)
+static FILE *log_open(const Run *r, const Options *o, const char *head)
 {
-    static const char head[] = "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr\n";
     Path path = path_join(o->out, "log.csv");
     size_t size, rows = 0;
     char *old = NULL, *end = NULL;
@@ -3908,7 +4506,7 @@ static FILE *log_open(const Run *r, const Options *o)
         while (rows <= r->step && (end = strchr(end, '\n'))) end++, rows++;
     }
     Output out = output_open(path.text);
-    output_write(&out, end ? old : head, end ? (size_t)(end - old) : sizeof head - 1);
+    output_write(&out, end ? old : head, end ? (size_t)(end - old) : strlen(head));
     output_close(&out);
     FILE *log = fopen(path.text, "a");
     NEED(log, "%s: cannot write: %s; choose another --out", path.text, strerror(errno));
@@ -4002,8 +4600,8 @@ static int command_train(const Options *o)
     prepare_directory(o, c);
     Model m = *o->resume ? model_make(c, 1) : model_from_options(o, c, 1);
     Optimizer opt = optimizer_make(&m);
-    if (*o->resume) run_load(&r, o, &m, &opt);
-    FILE *log = log_open(&r, o);
+    if (*o->resume) run_load(&r, o, &m, &opt, NULL);
+    FILE *log = log_open(&r, o, "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr\n");
     Acts a = acts_make(c, r.B, r.T, 1);
     int muon = !strcmp(o->optimizer, "muon"), last = 0, stop = 0, bad = 0;
     catch_signals();
@@ -4042,7 +4640,7 @@ static int command_train(const Options *o)
         if (isatty(1) || last || stop || (o->log_every && r.step % o->log_every == 0))
             run_print(&r, o, &s, load, norm, rate);
         if (last || stop || (o->save_every && r.step % o->save_every == 0))
-            run_save(&r, o, &m, &opt, log);
+            run_save(&r, o, &m, &opt, NULL, log);
     }
     printf(isatty(1) ? "\n\n" : "\n");
     int failed = ferror(log);
@@ -4065,6 +4663,367 @@ static int command_train(const Options *o)
     optimizer_free(&opt);
     acts_free(&a);
     model_free(&m);
+    return stop_signal && !last ? 128 + stop_signal : 0;
+}
+
+// Where questions come from and who judges the answers: a built-in task, or programs of the user's.
+typedef struct {
+    int task;          // TASKS: not a built-in one
+    size_t low, high;  // sizes of its questions
+    uint64_t seed;
+    FILE *questions;   // of --task-cmd
+    FILE *asked, *verdicts; // of --verify-cmd: what it reads, what it writes
+} Source;
+
+static void source_sizes(Source *s, const char *text)
+{
+    char *end;
+    s->low = s->high = (size_t)strtol(text, &end, 10);
+    if (*end == '-') s->high = (size_t)strtol(end + 1, &end, 10);
+    size_t most = s->task == TASK_ADD ? 8 : s->task == TASK_MUL ? 4 : NUMBERS;
+    size_t least = s->task == TASK_COUNTDOWN ? 2 : 1;
+    NEED(!*end && isdigit((unsigned char)*text) && s->low >= least && s->low <= s->high &&
+         s->high <= most, "--size is '%s'; for %s it must be a number from %zu to %zu, or two as "
+         "in 2-4", text, task_names[s->task], least, most);
+}
+
+// Starts a shell command with pipes to its standard input and from its standard output.
+static void start_judge(Source *s, const char *command)
+{
+    int to[2], from[2];
+    NEED(!pipe(to) && !pipe(from), "--verify-cmd: cannot make a pipe: %s", strerror(errno));
+    fflush(NULL);
+    pid_t child = fork();
+    NEED(child >= 0, "--verify-cmd: cannot start a process: %s", strerror(errno));
+    if (child == 0) {
+        dup2(to[0], 0);
+        dup2(from[1], 1);
+        close(to[0]), close(to[1]), close(from[0]), close(from[1]);
+        execl("/bin/sh", "sh", "-c", command, (char *)NULL);
+        _exit(127);
+    }
+    close(to[0]), close(from[1]);
+    fcntl(to[1], F_SETFD, FD_CLOEXEC);
+    fcntl(from[0], F_SETFD, FD_CLOEXEC);
+    s->asked = fdopen(to[1], "w");
+    s->verdicts = fdopen(from[0], "r");
+    NEED(s->asked && s->verdicts, "--verify-cmd: cannot open a pipe: %s", strerror(errno));
+}
+
+static Source source_open(const Options *o)
+{
+    Source s = {0, 0, 0, o->seed, NULL, NULL, NULL};
+    while (s.task < TASKS && strcmp(o->task, task_names[s.task])) s.task++;
+    int own = *o->task_cmd || *o->verify_cmd;
+    NEED(own || s.task < TASKS, "--task is '%s'; it must be add, mul, countdown or sort", o->task);
+    NEED(!own || (*o->task_cmd && *o->verify_cmd),
+         "--task-cmd and --verify-cmd belong together: one asks, the other judges");
+    if (!own) {
+        source_sizes(&s, o->size);
+        return s;
+    }
+    s.task = TASKS;
+    signal(SIGPIPE, SIG_IGN); // a judge that ends is then an error that a write returns
+    fflush(NULL);
+    s.questions = popen(o->task_cmd, "r");
+    NEED(s.questions, "--task-cmd: cannot start '%s': %s", o->task_cmd, strerror(errno));
+    start_judge(&s, o->verify_cmd);
+    return s;
+}
+
+// Puts the i-th question for training or testing into a line; 0 if there is none.
+static int source_question(Source *s, Line *line, int testing, uint64_t i)
+{
+    line->length = 0;
+    if (s->task < TASKS) {
+        Random r = {s->seed, 20 + (uint64_t)testing, i};
+        long size = (long)s->low + pick(&r, (long)(s->high - s->low) + 1);
+        Question q = make_question(s->task, size, testing, s->seed, i);
+        put_question(line, &q);
+        return 1;
+    }
+    uint64_t hash;
+    do {
+        if (!fgets(line->text, LINE, s->questions)) return 0;
+        line->length = strcspn(line->text, "\n");
+        if (!line->text[line->length] || memchr(line->text, '\t', line->length)) return 0;
+        line->text[line->length] = 0;
+        hash = 0;
+        for (size_t k = 0; k < line->length; k++)
+            hash = random_u64(hash, (unsigned char)line->text[k], 0);
+    } while ((hash % 8 == 0) != testing);
+    return 1;
+}
+
+// Judges an answer; 0 if the judge does not.
+static int source_judge(Source *s, const char *question, const char *answer, Reward *reward)
+{
+    Question q;
+    char text[64], *end;
+    if (s->task < TASKS) {
+        if (!parse_question(&q, s->task, question)) return 0;
+        *reward = judge(&q, answer);
+        return 1;
+    }
+    fprintf(s->asked, "%s\t%s\n", question, answer);
+    if (fflush(s->asked) || !fgets(text, sizeof text, s->verdicts)) return 0;
+    reward->accuracy = strtod(text, &end);
+    reward->format = 0;
+    return end > text && *end == '\n' && isfinite(reward->accuracy);
+}
+
+enum { END = '\n' }; // begins every question and ends every answer
+
+// Writes question q as the prompt of text i.
+static void rollout_ask(Rollout *r, size_t i, const Line *q)
+{
+    int *to = r->text + i * r->most;
+    NEED(q->length + 2 < r->most, "the question %s is too long; use a larger --max-prompt", q->text);
+    to[0] = END;
+    tokens_copy(to + 1, q->text, q->length);
+    to[q->length + 1] = '\t';
+    r->prompt[i] = r->length[i] = q->length + 2;
+}
+
+// The answer of text i, empty if it did not end or is no text.
+static void rollout_answer(char answer[LINE], const Rollout *r, size_t i)
+{
+    const int *text = r->text + i * r->most;
+    size_t n = 0, prompt = r->prompt[i], length = r->length[i] - prompt - 1;
+    int ended = length < LINE && text[r->length[i] - 1] == END;
+    while (ended && n < length && text[prompt + n] > 0) answer[n] = (char)text[prompt + n], n++;
+    answer[n == length ? n : 0] = 0;
+}
+
+// A policy's answers to questions, `group` to each, and what they earned.
+typedef struct {
+    Source *source;
+    Decoder decoder;
+    Rollout roll;
+    Line *question;     // [n / group]
+    Reward *reward;     // [n]
+    double seconds;     // of drawing
+} Exam;
+
+static Exam exam_make(const Model *m, Source *source, size_t n, size_t most)
+{
+    Exam e;
+    memset(&e, 0, sizeof e);
+    e.source = source;
+    e.decoder = decoder_make(m, n, most, 1, n, most);
+    e.roll = rollout_make(n, most);
+    e.question = (Line *)host_alloc(n, sizeof(Line));
+    e.reward = (Reward *)host_alloc(n, sizeof(Reward));
+    return e;
+}
+
+static void exam_free(Exam *e)
+{
+    decoder_free(&e->decoder);
+    rollout_free(&e->roll);
+    free(e->question);
+    free(e->reward);
+}
+
+// Asks questions first .. first + questions of a stream and judges the answers; returns NULL, or
+// what went wrong.
+static const char *exam_sit(Exam *e, const Sampler *sampler, int testing, size_t first,
+                            size_t questions, size_t group)
+{
+    static char answer[LINE];
+    Rollout *r = &e->roll;
+    r->n = questions * group;
+    for (size_t i = 0; i < r->n; i++) {
+        Line *q = &e->question[i / group];
+        if (i % group == 0 && !source_question(e->source, q, testing, first + i / group))
+            return "--task-cmd ended or wrote a tab or a line that is too long; it must write "
+                   "questions, a line each, without end";
+        rollout_ask(r, i, q);
+    }
+    double start = now();
+    rollout_draw(r, &e->decoder, sampler, END);
+    e->seconds = now() - start;
+    for (size_t i = 0; i < r->n; i++) {
+        rollout_answer(answer, r, i);
+        if (!source_judge(e->source, e->question[i / group].text, answer, &e->reward[i]))
+            return "--verify-cmd ended or did not answer with a number; it must write a reward, a "
+                   "line each, for every line question<TAB>answer that it reads";
+    }
+    return NULL;
+}
+
+// Accuracy on n test questions, answered greedily.
+static double test_accuracy(Exam *e, size_t n, const char **error)
+{
+    Sampler likeliest = {0, 0, 1, 0, 0};
+    size_t room = e->decoder.slots;
+    double sum = 0;
+    for (size_t at = 0; at < n && !*error; at += room) {
+        size_t k = min_size(room, n - at);
+        *error = exam_sit(e, &likeliest, 1, at, k, 1);
+        for (size_t i = 0; i < k; i++) sum += e->reward[i].accuracy / (double)n;
+    }
+    return sum;
+}
+
+static const size_t *order_by_length; // of texts, for qsort
+
+static int compare_lengths(const void *x, const void *y)
+{
+    size_t i = *(const size_t *)x, k = *(const size_t *)y;
+    size_t a = order_by_length[i], b = order_by_length[k];
+    return a != b ? (a < b) - (a > b) : (i > k) - (i < k);
+}
+
+typedef struct {
+    double reward, accuracy, format, length, entropy, flat; // flat: share of groups all alike
+    GrpoSums sums;
+    double norm, update_seconds;
+    size_t tokens, bad;
+} RlStep;
+
+// One step of GRPO: the answers in e, in o->minibatches parts, o->epochs times.
+static RlStep rl_update(Exam *e, const Options *o, Model *m, const Model *ref, Acts *a, size_t room,
+                        Optimizer *opt, const Recipe *recipe, size_t step)
+{
+    RlStep s;
+    Rollout *r = &e->roll;
+    size_t n = r->n, G = o->group;
+    double start = now(), *total = (double *)host_alloc(2 * n, sizeof(double)), *A = total + n;
+    size_t *order = (size_t *)host_alloc(n, sizeof(size_t));
+    Grpo g = {o->rl_clip, o->kl};
+    memset(&s, 0, sizeof s);
+    s.entropy = r->entropy, s.tokens = r->drawn, s.length = (double)r->drawn / (double)n;
+    for (size_t i = 0; i < n; i++) {
+        total[i] = e->reward[i].accuracy + e->reward[i].format;
+        s.accuracy += e->reward[i].accuracy / (double)n;
+        s.format += e->reward[i].format / (double)n;
+    }
+    s.reward = s.accuracy + s.format;
+    for (size_t i = 0; i < n; i += G)
+        s.flat += group_advantages(A + i, total + i, G) > 1e-9 ? 0 : (double)G / (double)n;
+    for (size_t epoch = 0; epoch < o->epochs; epoch++) {
+        for (size_t i = 0; i < n; i++) { // in random order
+            size_t k = (size_t)random_u64(o->seed, 30 + epoch, step * n + i) % (i + 1);
+            order[i] = order[k];
+            order[k] = i;
+        }
+        for (size_t part = 0; part < o->minibatches; part++) {
+            size_t begin = part * n / o->minibatches, end = (part + 1) * n / o->minibatches;
+            order_by_length = r->length;
+            qsort(order + begin, end - begin, sizeof *order, compare_lengths);
+            GrpoSums sums = grpo_backward(m, ref, a, room, r, order + begin, end - begin, A, &g);
+            double share = 1 / (double)(n * o->epochs), norm = grad_norm(m);
+            s.sums.loss += share * sums.loss;
+            s.sums.kl += share * sums.kl;
+            s.sums.clipped += share * sums.clipped;
+            s.norm += norm / (double)(o->epochs * o->minibatches);
+            if (isfinite(norm) && isfinite(sums.loss)) optimizer_step(opt, m, recipe, norm);
+            else optimizer_skip(opt, m), s.bad++;
+        }
+    }
+    s.update_seconds = now() - start;
+    free(total);
+    free(order);
+    return s;
+}
+static int command_task(const Options *o)
+{
+    Source s = source_open(o);
+    Quality quality = {o->worked, o->right, o->slips};
+    NEED(s.task < TASKS, "moe task knows only --task add, mul, countdown and sort");
+    for (size_t i = 0; i < o->lines; i++) {
+        Random r = {o->seed, 40, (uint64_t)i << 20};
+        long size = (long)s.low + pick(&r, (long)(s.high - s.low) + 1);
+        Question q = make_question(s.task, size, 0, o->seed, i);
+        Line line = {0, ""};
+        put_question(&line, &q);
+        put(&line, "\t");
+        put_solution(&line, &q, &r, &quality);
+        if (printf("%s\n", line.text) < 0)
+            die(FAILED, "standard output: cannot write: %s", strerror(errno));
+    }
+    return 0;
+}
+
+static int command_rl(const Options *given)
+{
+    Options own = *given, *o = &own;
+    o->steps = o->rl_steps, o->lr = o->rl_lr, o->save_every = o->rl_save_every;
+    Config config = directory_config(o->model);
+    const Config *c = &config;
+    Source source = source_open(o);
+    size_t n = size_mul(o->questions, o->group), most = o->max_prompt + o->max_tokens;
+    NEED(c->V > 127, "%s: a vocabulary of %zu; tasks are written in bytes", o->model, c->V);
+    NEED(most <= c->Tmax, "--max-prompt and --max-tokens are %zu together; the model's "
+         "max_position_embeddings is %zu", most, c->Tmax);
+    NEED(n && o->group > 1 && o->steps && o->max_tokens, "--questions, --steps and --max-tokens "
+         "must be at least 1, --group 2");
+    NEED(o->minibatches && o->minibatches <= n && o->epochs, "--minibatches and --epochs must be at "
+         "least 1, --minibatches at most the %zu answers of a step", n);
+    NEED(o->rl_temperature > 0, "--temperature must be above 0: answers that are all alike teach "
+         "nothing");
+    Run r;
+    memset(&r, 0, sizeof r);
+    r.command = RL;
+    r.start = now();
+    r.val_loss = r.train_loss = NAN;
+    size_t B = ceil_div(4096, most - 1);
+    const char *memory = memory_plan(c, 1, B, most - 1, 0);
+    prepare_directory(o, c);
+    Model m = model_load(o->model, 1), ref;
+    Optimizer opt = optimizer_make(&m);
+    int with_ref = o->kl > 0;
+    if (with_ref) ref = model_load(o->model, 0);
+    if (*o->resume) run_load(&r, o, &m, &opt, with_ref ? &ref : NULL);
+    FILE *log = log_open(&r, o, "step,reward,accuracy,format,length,entropy,kl,clipped,flat,"
+                         "grad_norm,test_accuracy,seconds,rollout_tokens_per_s,"
+                         "update_tokens_per_s\n");
+    Exam e = exam_make(&m, &source, n, most);
+    Acts a = acts_make(c, B, most - 1, 1);
+    a.temperature = o->rl_temperature;
+    a.alpha = a.mtp_weight = 0; // rewards alone; and the routers' biases stay as they are
+    Recipe recipe = recipe_make(o, !strcmp(o->rl_optimizer, "muon"), o->lr, o->rl_adam_lr, 0);
+    const char *error = NULL;
+    catch_signals();
+    printf("memory: %s\n%zu questions x %zu answers a step, up to %zu tokens each, %d threads\n",
+           memory, o->questions, o->group, o->max_tokens, thread_count());
+    if (!r.step) r.val_loss = test_accuracy(&e, o->test, &error);
+    printf("test accuracy %.1f%%\n", 100 * r.val_loss);
+    int last = 0, stop = 0;
+    r.start = now();
+    while (!last && !stop && !error) {
+        Sampler sampler = {o->rl_temperature, 0, 1, o->seed, (r.step + 1) * n};
+        error = exam_sit(&e, &sampler, 0, r.step * o->questions, o->questions, o->group);
+        if (error) break;
+        RlStep s = rl_update(&e, o, &m, with_ref ? &ref : NULL, &a, B * (most - 1), &opt, &recipe,
+                             r.step);
+        double drawn = (double)s.tokens / e.seconds, learnt = (double)s.tokens / s.update_seconds;
+        r.step++;
+        if (with_ref && o->ref_every && r.step % o->ref_every == 0)
+            device_copy(ref.weights, m.weights, m.layout.elements * sizeof(real));
+        last = r.step == o->steps;
+        stop = stop_signal || (o->stop_after && r.step >= o->stop_after);
+        fprintf(log, "%zu,%.4f,%.4f,%.4f,%.2f,%.4f,%.5f,%.4f,%.4f,%.4f,", r.step, s.reward,
+                s.accuracy, s.format, s.length, s.entropy, s.sums.kl, s.sums.clipped, s.flat,
+                s.norm);
+        if (last || (o->test_every && r.step % o->test_every == 0))
+            fprintf(log, "%.4f", r.val_loss = test_accuracy(&e, o->test, &error));
+        fprintf(log, ",%.1f,%.0f,%.0f\n", now() - r.start, drawn, learnt);
+        printf("step %zu/%zu accuracy %.1f%% format %.1f%% length %.1f entropy %.3f kl %.4f flat "
+               "%.0f%% norm %.2f test %.1f%% rollout %.0f tok/s update %.0f %.0fs\n", r.step,
+               o->steps, 100 * s.accuracy, 100 * s.format, s.length, s.entropy, s.sums.kl,
+               100 * s.flat, s.norm, 100 * r.val_loss, drawn, learnt, now() - r.start);
+        fflush(stdout);
+        if (last || stop || (o->save_every && r.step % o->save_every == 0))
+            run_save(&r, o, &m, &opt, with_ref ? &ref : NULL, log);
+    }
+    if (error) {
+        if (r.step > r.saved) run_save(&r, o, &m, &opt, with_ref ? &ref : NULL, log);
+        die(FAILED, "%s%s%s", error, r.step ? "; saved, go on with ./moe rl --resume " : "",
+            r.step ? o->out : "");
+    }
+    exam_free(&e);
     return stop_signal && !last ? 128 + stop_signal : 0;
 }
 
@@ -4502,7 +5461,7 @@ static void ignore_token(int token) { (void)token; }
 static double bench_generate(const Model *m, size_t T, int speculate, double *taken)
 {
     Decoder d = decoder_make(m, 1, T, 2, 2, T);
-    Sampler likeliest = {0, 0, 1, 0};
+    Sampler likeliest = {0, 0, 1, 0, 0};
     int *text = (int *)host_alloc(T + 2, sizeof(int));
     Generation g = generate(&d, &likeliest, text, 1, T - 2, speculate, ignore_token);
     *taken = g.drafted ? (double)g.accepted / (double)g.drafted : 0;
@@ -4766,6 +5725,8 @@ typedef struct {
 static const Command commands[] = {
     {"train", TRAIN, command_train, "train a model on a text"},
     {"sample", SAMPLE, command_sample, "continue a prompt"},
+    {"task", TASK, command_task, "write questions and answers to train a base model on"},
+    {"rl", RL, command_rl, "let a model teach itself by GRPO"},
     {"eval", EVAL, command_eval, "mean loss of a model over a text"},
     {"check", CHECK, command_check, "losses, gradients and steps on one batch, for comparison"},
     {"bench", BENCH, command_bench, "speed of this machine, of a training step and of decoding"},
@@ -4797,8 +5758,8 @@ static Options parse_options(const Command *command, int argc, char **argv)
 #define DEFAULT(commands, type, field, name, standard, ...) \
     o.field = parse_##type(name, o.field##_text = standard);
     OPTIONS(DEFAULT)
-    for (int i = 2; i + 1 < argc && command->bit == TRAIN; i++)
-        if (!strcmp(argv[i], "--resume")) options_from_state(&o, argv[i + 1]);
+    for (int i = 2; i + 1 < argc && (command->bit & (TRAIN | RL)); i++)
+        if (!strcmp(argv[i], "--resume")) options_from_state(&o, argv[i + 1], command->bit);
     for (int i = 2; i < argc; i++) {
         const char *is = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         int words = 0;

@@ -1792,11 +1792,11 @@ static void combine_backward(real *dout, accum *dg, const real *dy, const real *
              row_threads(C), 0, dout, dg, dy, out, g, row, K, C);
 }
 
-// loss[n] = lse[n] - logits[n, target[n]] with lse = log sum exp; 0 where the target is -1.
+// loss[n] = lse[n] - z[n, target[n]] with z = logits / temperature and lse = log sum exp z.
 // A block a row, which it reads twice, the second time mostly from cache.
 template <int W>
 __global__ void cross_entropy_forward_kernel(accum *loss, accum *lse, const real *logits,
-                                             const int *target, size_t V)
+                                             const int *target, float beta, size_t V)
 {
     const real *z = logits + blockIdx.x * V;
     float max = -INFINITY, sum = 0;
@@ -1807,49 +1807,52 @@ __global__ void cross_entropy_forward_kernel(accum *loss, accum *lse, const real
     max = block_reduce<true>(max);
     for (size_t v = threadIdx.x * W; v < V; v += blockDim.x * W) {
         Pack<real, W> zv = load<W>(z + v);
-        for (int j = 0; j < W; j++) sum += expf((float)zv.x[j] - max);
+        for (int j = 0; j < W; j++) sum += expf(beta * ((float)zv.x[j] - max));
     }
     sum = block_reduce<false>(sum);
     if (threadIdx.x > 0) return;
-    int t = target[blockIdx.x];
-    float log_sum = max + logf(sum);
+    float log_sum = beta * max + logf(sum);
     lse[blockIdx.x] = log_sum;
-    loss[blockIdx.x] = t < 0 ? 0 : log_sum - (float)z[t];
+    loss[blockIdx.x] = log_sum - beta * (float)z[target[blockIdx.x]];
 }
 
-static void cross_entropy_forward(accum *loss,        // [N]
+static void cross_entropy_forward(accum *loss,        // [N] -log p(target)
                                   accum *lse,         // [N]
                                   const real *logits, // [N, V]
                                   const int *target,  // [N]
-                                  size_t N, size_t V)
+                                  double temperature, size_t N, size_t V)
 {
     METER(__func__, 0, N * V * sizeof(real));
     RUN_WIDE(V, AT(logits), cross_entropy_forward_kernel, grid_of(N, 1), row_threads(V), 0, loss,
-             lse, logits, target, V);
+             lse, logits, target, (float)(1 / temperature), V);
 }
 
-// loss = lse - z_target: dz_v = dloss (exp(z_v - lse) - [v = target]); 0 where the target is -1.
+// loss = lse - z_target: dlogits_v = scale dloss / temperature (exp(z_v - lse) - [v = target]).
 // A block a row. Reads and writes V.
 template <int W>
-__global__ void cross_entropy_backward_kernel(real *dlogits, float dloss, const accum *lse,
-                                              const real *logits, const int *target, size_t V)
+__global__ void cross_entropy_backward_kernel(real *dlogits, float scale, const accum *dloss,
+                                              const accum *lse, const real *logits,
+                                              const int *target, float beta, size_t V)
 {
     size_t at = blockIdx.x * V, t = (size_t)target[blockIdx.x];
-    float scale = target[blockIdx.x] < 0 ? 0 : dloss, log_sum = lse[blockIdx.x];
+    float d = scale * dloss[blockIdx.x] * beta, log_sum = lse[blockIdx.x];
     for (size_t v = threadIdx.x * W; v < V; v += blockDim.x * W) {
         Pack<real, W> z = load<W>(logits + at + v);
         for (int j = 0; j < W; j++)
-            z.x[j] = (real)(scale * (expf((float)z.x[j] - log_sum) - (v + j == t ? 1 : 0)));
+            z.x[j] = (real)(d * (expf(beta * (float)z.x[j] - log_sum) - (v + j == t ? 1 : 0)));
         store<W>(dlogits + at + v, z);
     }
 }
 
-static void cross_entropy_backward(real *dlogits, double dloss, const accum *lse,
-                                   const real *logits, const int *target, size_t N, size_t V)
+static void cross_entropy_backward(real *dlogits, double scale,
+                                   const accum *dloss, // [N]
+                                   const accum *lse, const real *logits, const int *target,
+                                   double temperature, size_t N, size_t V)
 {
     METER(__func__, 0, 2 * N * V * sizeof(real));
     RUN_WIDE(V, AT(dlogits) | AT(logits), cross_entropy_backward_kernel, grid_of(N, 1),
-             row_threads(V), 0, dlogits, (float)dloss, lse, logits, target, V);
+             row_threads(V), 0, dlogits, (float)scale, dloss, lse, logits, target,
+             (float)(1 / temperature), V);
 }
 
 // Attention over a cache of latents, queries of any sequences at any positions ([V2] 2.1.2). Keys

@@ -666,7 +666,7 @@ static void test_dispatch_combine_gradient(void)
 
 static void cross_entropy_op(Op *o)
 {
-    cross_entropy_forward(o->out, o->saved[0], o->x[0], o->index[0], o->s[0], o->s[1]);
+    cross_entropy_forward(o->out, o->saved[0], o->x[0], o->index[0], 0.7, o->s[0], o->s[1]);
 }
 
 static void test_cross_entropy_gradient(void)
@@ -677,17 +677,16 @@ static void test_cross_entropy_gradient(void)
         Op o = op_make(cross_entropy_op, size[i], N, N * V, 0, 0);
         o.saved[0] = reals(N), o.mode[0] = SET;
         o.index[0] = random_ints(N, V, i);
-        if (N > 3) o.index[0][3] = -1; // no target: no loss, no gradient
         for (size_t j = 0; j < N * V; j++) o.x[0][j] *= 5;
         cross_entropy_op(&o);
         for (size_t n = 0; n < N; n++) {
-            int y = o.index[0][n];
-            double sum = 0;
-            for (size_t v = 0; v < V; v++) sum += exp(o.x[0][n * V + v]);
-            near(o.out[n], y < 0 ? 0 : log(sum) - o.x[0][n * V + (size_t)y], 1e-12, "loss");
-            o.dout[n] = 0.3;
+            double sum = 0, y = o.x[0][n * V + (size_t)o.index[0][n]];
+            for (size_t v = 0; v < V; v++) sum += exp(o.x[0][n * V + v] / 0.7);
+            near(o.out[n], log(sum) - y / 0.7, 1e-12, "loss");
         }
-        cross_entropy_backward(o.dx[0], 0.3, o.saved[0], o.x[0], o.index[0], N, V);
+        real *dloss = copy_of(o.dout, N);
+        for (size_t n = 0; n < N; n++) dloss[n] /= 0.3;
+        cross_entropy_backward(o.dx[0], 0.3, dloss, o.saved[0], o.x[0], o.index[0], 0.7, N, V);
         op_check(&o, label("size %zu", i));
     }
 }
@@ -1736,7 +1735,7 @@ static size_t drafts_right(const Model *m, const int *text)
 static size_t check_generate(const Model *m, double temperature, size_t window, const char *what)
 {
     size_t accepted = 0;
-    Sampler s = {temperature, 0, 1, 5};
+    Sampler s = {temperature, 0, 1, 5, 0};
     int *prompt = random_ints(PROMPT, m->config.V, 41), first[PROMPT + COUNT];
     for (int speculate = 0; speculate < 2; speculate++)
         for (size_t rows = speculate + 1u; rows < 20; rows += 5) { // the prompt in bits, or at once
@@ -1785,7 +1784,7 @@ static void test_sample_token(void)
     real *logits = random_reals(V, 51);
     for (size_t i = 0; i < V; i++) logits[i] *= 2;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        Sampler s = {cases[i].temperature, cases[i].top_k, cases[i].top_p, 52};
+        Sampler s = {cases[i].temperature, cases[i].top_k, cases[i].top_p, 52, 0};
         double p[V], sum = 0, left = 0, most = 0;
         int count[V] = {0};
         for (size_t v = 0; v < V; v++) sum += p[v] = exp((double)logits[v] / s.temperature);
@@ -1800,7 +1799,7 @@ static void test_sample_token(void)
             if ((s.top_k && better >= s.top_k) || ahead >= s.top_p) p[v] = 0;
             left += p[v];
         }
-        for (uint64_t n = 0; n < DRAWS; n++) count[sample_token(&s, logits, V, n)]++;
+        for (uint64_t n = 0; n < DRAWS; n++) count[sample_token(&s, logits, V, n).token]++;
         for (size_t v = 0; v < V; v++) {
             double share = p[v] / left, sigma = sqrt(DRAWS * share * (1 - share));
             EXPECT(share > 0 || !count[v], "case %zu: token %zu was drawn", i, v);
@@ -1811,10 +1810,10 @@ static void test_sample_token(void)
     }
     real ties[4] = {1, 3, 3, 2};
     for (uint64_t n = 0; n < 50; n++) {
-        Sampler greedy = {0, 0, 1, 7}, one = {1, 1, 1, 7}, tiny = {1, 0, 0, 7};
-        EXPECT(sample_token(&greedy, ties, 4, n) == 1, "temperature 0 did not take the first best");
-        EXPECT(sample_token(&one, ties, 4, n) == 1, "top_k 1 did not take the best");
-        EXPECT(sample_token(&tiny, ties, 4, n) == 1, "top_p 0 did not take the best");
+        Sampler greedy = {0, 0, 1, 7, 0}, one = {1, 1, 1, 7, 0}, tiny = {1, 0, 0, 7, 0};
+        EXPECT(sample_token(&greedy, ties, 4, n).token == 1, "temperature 0 did not take the first best");
+        EXPECT(sample_token(&one, ties, 4, n).token == 1, "top_k 1 did not take the best");
+        EXPECT(sample_token(&tiny, ties, 4, n).token == 1, "top_p 0 did not take the best");
     }
 }
 
