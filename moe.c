@@ -230,9 +230,9 @@ typedef struct {
     CONFIG_YARN(DOUBLE_FIELD)
 } Config;
 
-enum { LAPTOP, MOONLIGHT, DEEPSEEK_V3, LAPTOP_MTP, PRESETS };
+enum { LAPTOP, MOONLIGHT, DEEPSEEK_V3, LAPTOP_MTP, LAPTOP_R1, PRESETS };
 static const char *const preset_names[PRESETS] = {"laptop", "moonlight-16b", "deepseek-v3",
-                                                  "laptop-mtp"};
+                                                  "laptop-mtp", "laptop-r1"};
 
 static Config config_preset(int preset)
 {
@@ -245,6 +245,7 @@ static Config config_preset(int preset)
     CONFIG_REALS(PRESET_REAL)
     CONFIG_YARN(PRESET_YARN)
     if (preset == LAPTOP_MTP) c.D = 1; // the laptop's, and a multi-token prediction layer
+    if (preset == LAPTOP_R1) c.Tmax = 512; // and room to think
     return c;
 }
 
@@ -3019,19 +3020,22 @@ static Question make_question(int task, long size, int testing, uint64_t seed, u
 // others answer at once, of which only a share `right` is right. Thinking slips now and then too.
 typedef struct { double worked, right, slips; } Quality;
 
-// Addition as one learns it, digit by digit from the right, the carry last: 7+6=13 4+8+1=13 3+5+1=9.
+// Addition as one learns it, from the right: both numbers as far as they are left, their last digits
+// with the carry, the digits of the sum so far.
+//     347+586 7+6+0=13 3|34+58 4+8+1=13 33|3+5 3+5+1=9 933
 static long work_add(Line *line, const Question *q, Random *r, double slips)
 {
     long a = q->number[0], b = q->number[1], carry = 0, sum = 0, ten = 1;
-    for (; ten == 1 || a || b; a /= 10, b /= 10, ten *= 10) {
+    for (int digits = 1, last = 0; !last; digits++, a /= 10, b /= 10, ten *= 10) {
+        last = a < 10 && b < 10;
         long s = a % 10 + b % 10 + carry;
         if (chance(r, slips)) s += s > 0 && pick(r, 2) ? -1 : 1;
-        put(line, ten > 1 ? " %ld+%ld" : "%ld+%ld", a % 10, b % 10);
-        put(line, carry ? "+1=%ld" : "=%ld", s);
-        sum += s % 10 * ten;
+        sum += (last ? s : s % 10) * ten;
+        put(line, "%s%ld+%ld %ld+%ld+%ld=%ld %0*ld", ten > 1 ? "|" : "", a, b, a % 10, b % 10,
+            carry, s, digits, sum);
         carry = s / 10;
     }
-    return sum + carry * ten;
+    return sum;
 }
 
 // Multiplication by each digit, added up: 23*5=115 23*40=920 115+920=1035.
@@ -4065,7 +4069,7 @@ enum {
     PLAN = 16, BENCH = 32, RL = 64, TASK = 128,
     SAVED = 256, RUN = TRAIN | SAVED, RL_RUN = RL | SAVED // saved with a run, for --resume
 };
-#define CONFIG_NAMES "a config.json, laptop, laptop-mtp, moonlight-16b or deepseek-v3"
+#define CONFIG_NAMES "a config.json, laptop, laptop-mtp, laptop-r1, moonlight-16b or deepseek-v3"
 #define GPU_NAMES "h800, h100, h200, h20, b200, a100, mi300x or rtx-4090"
 #define OPTIONS(X) \
     X(MOST | BENCH | RL, Text, model, "model", "", "DIR", "model directory to start from") \
@@ -4080,7 +4084,9 @@ enum {
     X(CHECK, Text, dump, "dump", "", "FILE", "write logits, losses and gradients there") \
     X(RUN, Count, steps, "steps", "600", "N", "steps to train") \
     X(RL_RUN | TASK, Text, task, "task", "add", "NAME", "add, mul, countdown or sort") \
-    X(RL_RUN | TASK, Text, size, "size", "3", "N", "digits, or numbers, of a question; or N-M") \
+    X(EVAL, Text, test_task, "task", "", "NAME", "answer the test questions of a task instead") \
+    X(SAMPLE, Text, sample_task, "task", "", "NAME", "answer --prompt as a question of this task") \
+    X(RL_RUN | TASK | EVAL | SAMPLE, Text, size, "size", "3", "N", "digits, or numbers, of a question; or N-M") \
     X(RL_RUN, Text, task_cmd, "task-cmd", "", "CMD", "program that writes questions, a line each") \
     X(RL_RUN, Text, verify_cmd, "verify-cmd", "", "CMD", \
       "program that reads question<TAB>answer lines and writes a reward for each") \
@@ -4091,8 +4097,8 @@ enum {
     X(RL_RUN, Count, rl_steps, "steps", "40", "N", "steps to train") \
     X(RL_RUN, Count, questions, "questions", "32", "N", "questions a step; R1: 32") \
     X(RL_RUN, Count, group, "group", "16", "G", "answers to a question; R1: 16") \
-    X(RL_RUN, Count, max_tokens, "max-tokens", "96", "N", "tokens of an answer; R1: 32768") \
-    X(RL_RUN, Count, max_prompt, "max-prompt", "32", "N", "tokens of a question") \
+    X(RL_RUN | EVAL | SAMPLE, Count, max_tokens, "max-tokens", "96", "N", "tokens of an answer; R1: 32768") \
+    X(RL_RUN | EVAL | SAMPLE, Count, max_prompt, "max-prompt", "32", "N", "tokens of a question") \
     X(RL_RUN, Count, minibatches, "minibatches", "1", "N", \
       "parts of a step's answers, each an update; R1: 16") \
     X(RL_RUN, Count, epochs, "epochs", "1", "N", "updates with each part; R1: 1") \
@@ -4104,8 +4110,13 @@ enum {
     X(RL_RUN, Text, rl_optimizer, "optimizer", "adamw", "NAME", "adamw or muon") \
     X(RL_RUN, Number, rl_lr, "lr", "0.0003", "X", "learning rate; R1: 3e-6") \
     X(RL_RUN, Number, rl_adam_lr, "adam-lr", "0.0003", "X", "beside muon, AdamW's learning rate") \
-    X(RL_RUN, Count, test, "test", "1000", "N", "questions of a test") \
+    X(RL_RUN | EVAL, Count, test, "test", "1000", "N", "questions of a test") \
     X(RL_RUN, Count, test_every, "test-every", "10", "N", "steps between tests; 0: at the end") \
+    X(EVAL, Count, votes, "votes", "16", "N", "answers to each test question that vote") \
+    X(RL, Count, collect, "collect", "0", "N", \
+      "instead write N questions with right answers of the model, to train on") \
+    X(RUN, Flag, answers_only, "answers-only", "", "", \
+      "learn only what follows the tab of each line: supervised fine-tuning") \
     X(CHECK, Count, check_steps, "steps", "0", "N", "AdamW steps to take on the batch") \
     X(BENCH, Count, bench_steps, "steps", "20", "N", "training steps; the fastest counts") \
     X(RUN | CHECK | BENCH, Count, batch, "batch", "16", "B", "sequences at once") \
@@ -4231,15 +4242,36 @@ static void tokens_copy(int *to, const char *bytes, size_t n)
     for (size_t i = 0; i < n; i++) to[i] = (unsigned char)bytes[i];
 }
 
+// Which of bytes[at .. at + n) are in an answer, after the tab of its line.
+static void find_answers(accum *to, const char *bytes, size_t at, size_t n)
+{
+    size_t i = at;
+    while (i > 0 && bytes[i - 1] != '\n') i--;
+    for (int in = 0; i < at + n; i++) {
+        if (i >= at) to[i - at] = (accum)in;
+        in = (in || bytes[i] == '\t') && bytes[i] != '\n';
+    }
+}
+
+// Makes weights of 0 and 1 sum to 1 or, where all are 0, leaves them; returns how many were 1.
+static double share_weights(accum *weight, size_t n)
+{
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)weight[i];
+    for (size_t i = 0; i < n && sum > 0; i++) weight[i] = (accum)((double)weight[i] / sum);
+    return sum;
+}
+
 #define EVAL_ROWS(T) ceil_div(4096, T) // sequences at once
 
-// Mean loss over every token of bytes[0 .. n) but the first, in windows of T tokens, of which each
-// sees what stands before it in its window. The last window may be shorter.
-static double text_loss(const Model *m, const char *bytes, size_t n, size_t T)
+// Mean loss over every token of bytes[0 .. n) but the first, or of those in answers, in windows of T
+// tokens, of which each sees what stands before it in its window. The last window may be shorter.
+static double text_loss(const Model *m, const char *bytes, size_t n, size_t T, int answers_only)
 {
     size_t tokens = n - 1, most = EVAL_ROWS(T);
     int *rows = (int *)host_alloc(most * (T + 1), sizeof(int));
-    double sum = 0;
+    accum *weight = (accum *)host_alloc(most * T, sizeof(accum));
+    double sum = 0, counted = 0;
     Acts a;
     memset(&a, 0, sizeof a);
     for (size_t at = 0; at < tokens; at += a.B * a.T) {
@@ -4251,12 +4283,20 @@ static double text_loss(const Model *m, const char *bytes, size_t n, size_t T)
         for (size_t b = 0; b < B; b++)
             tokens_copy(rows + b * (t + 1), bytes + at + b * t, t + 1);
         acts_load(&a, rows);
+        double count = (double)(B * t);
+        if (answers_only) {
+            find_answers(weight, bytes, at + 1, B * t);
+            count = share_weights(weight, B * t);
+            acts_weigh(&a, weight);
+        }
         model_forward(m, &a);
-        sum += model_losses(m, &a).main * (double)(B * t);
+        sum += model_losses(m, &a).main * count;
+        counted += count;
     }
     free(rows);
+    free(weight);
     acts_free(&a);
-    return sum / (double)tokens;
+    return counted > 0 ? sum / counted : 0;
 }
 
 // Learning rate of a step, as a share of the peak: linear warm-up, the peak held, a cosine down.
@@ -4534,13 +4574,19 @@ static Losses run_batches(Run *r, const Options *o, Model *m, Acts *a, Optimizer
 {
     Losses mean = {0, 0, 0, 0};
     double share = 1 / (double)o->accumulate;
+    accum *weight = (accum *)host_alloc(r->B * r->T, sizeof(accum));
     for (size_t k = 0; k < o->accumulate; k++) {
         for (size_t b = 0; b < r->B; b++) {
             size_t i = (r->step * o->accumulate + k) * r->B + b;
             size_t at = window_start(o->seed, i, r->n_train, r->T);
             tokens_copy(r->tokens + b * (r->T + 1), r->text.bytes + at, r->T + 1);
+            if (o->answers_only) find_answers(weight + b * r->T, r->text.bytes, at + 1, r->T);
         }
         acts_load(a, r->tokens);
+        if (o->answers_only) {
+            share_weights(weight, r->B * r->T);
+            acts_weigh(a, weight);
+        }
         model_forward(m, a);
         model_backward(m, a, share);
         optimizer_count_load(opt, m, a);
@@ -4550,6 +4596,7 @@ static Losses run_batches(Run *r, const Options *o, Model *m, Acts *a, Optimizer
         mean.mtp += share * s.mtp;
         mean.balance += share * s.balance;
     }
+    free(weight);
     return mean;
 }
 
@@ -4633,7 +4680,7 @@ static int command_train(const Options *o)
         fprintf(log, "%zu,%.6f,", r.step, s.main);
         if (r.n_val && (last || (o->val_every && r.step % o->val_every == 0))) {
             size_t n = last ? r.n_val : min_size(r.n_val, 16 * 1024 + 1); // all at the end
-            r.val_loss = text_loss(&m, r.text.bytes + r.n_train, n, r.T);
+            r.val_loss = text_loss(&m, r.text.bytes + r.n_train, n, r.T, o->answers_only);
             fprintf(log, "%.6f", r.val_loss);
         }
         fprintf(log, ",%.6f,%.6f,%.4f,%.6f,%.8f\n", s.mtp, s.balance, load, norm, rate);
@@ -4946,6 +4993,51 @@ static int command_task(const Options *o)
     return 0;
 }
 
+// What a run that teaches nothing looks like, and what to try; said once.
+static void rl_warn(const RlStep *s, const Options *o)
+{
+    static int said, flat;
+    const char *what = NULL;
+    flat = s->flat > 0.95 && s->accuracy < 0.5 ? flat + 1 : 0;
+    if (s->sums.kl > 10)
+        what = "the policy has run away from its reference; try a smaller --lr or a larger --kl";
+    else if (s->entropy < 0.01 && s->accuracy < 0.2)
+        what = "the policy has collapsed on answers that earn nothing; go back to an earlier model, "
+               "with a smaller --lr";
+    else if (flat >= 5)
+        what = "nearly all groups agree, so nothing is learnt; try easier questions (--size), a "
+               "larger --group or a better base model";
+    if (what && !said++)
+        printf("warning: KL %.2g, entropy %.2g, accuracy %.0f%%: %s\n", s->sums.kl, s->entropy,
+               100 * s->accuracy, what);
+    (void)o;
+}
+
+// Rejection sampling: writes the first right answer to each question that has one.
+static int rl_collect(Exam *e, const Options *o)
+{
+    static char answer[LINE];
+    size_t first = 0;
+    for (size_t written = 0; written < o->collect; first += o->questions) {
+        Sampler sampler = {o->rl_temperature, 0, 1, o->seed, first * o->group};
+        const char *error = exam_sit(e, &sampler, 0, first, o->questions, o->group);
+        if (error) die(FAILED, "%s", error);
+        size_t before = written;
+        for (size_t i = 0; i < e->roll.n && written < o->collect; i++) {
+            if (e->reward[i].accuracy < 1) continue;
+            rollout_answer(answer, &e->roll, i);
+            if (printf("%s\t%s\n", e->question[i / o->group].text, answer) < 0)
+                die(FAILED, "standard output: cannot write: %s", strerror(errno));
+            written++;
+            i += o->group - 1 - i % o->group;
+        }
+        if (written == before && first > 100 * o->questions)
+            die(FAILED, "%s answers hardly any question right; %zu of %zu were collected", o->model,
+                written, o->collect);
+    }
+    return 0;
+}
+
 static int command_rl(const Options *given)
 {
     Options own = *given, *o = &own;
@@ -4969,17 +5061,20 @@ static int command_rl(const Options *given)
     r.start = now();
     r.val_loss = r.train_loss = NAN;
     size_t B = ceil_div(4096, most - 1);
-    const char *memory = memory_plan(c, 1, B, most - 1, 0);
+    Model m = model_load(o->model, !o->collect), ref;
+    Decoder plan = decoder_plan(&m, n, most, 1, n, most);
+    const char *memory = memory_plan(c, !o->collect, B, most - 1, plan.arena.used);
+    decoder_free(&plan);
+    Exam e = exam_make(&m, &source, n, most);
+    if (o->collect) return rl_collect(&e, o);
     prepare_directory(o, c);
-    Model m = model_load(o->model, 1), ref;
     Optimizer opt = optimizer_make(&m);
     int with_ref = o->kl > 0;
-    if (with_ref) ref = model_load(o->model, 0);
+    if (with_ref) ref = model_load(o->model, has_master(&m));
     if (*o->resume) run_load(&r, o, &m, &opt, with_ref ? &ref : NULL);
     FILE *log = log_open(&r, o, "step,reward,accuracy,format,length,entropy,kl,clipped,flat,"
                          "grad_norm,test_accuracy,seconds,rollout_tokens_per_s,"
                          "update_tokens_per_s\n");
-    Exam e = exam_make(&m, &source, n, most);
     Acts a = acts_make(c, B, most - 1, 1);
     a.temperature = o->rl_temperature;
     a.alpha = a.mtp_weight = 0; // rewards alone; and the routers' biases stay as they are
@@ -5000,8 +5095,11 @@ static int command_rl(const Options *given)
                              r.step);
         double drawn = (double)s.tokens / e.seconds, learnt = (double)s.tokens / s.update_seconds;
         r.step++;
-        if (with_ref && o->ref_every && r.step % o->ref_every == 0)
+        if (with_ref && o->ref_every && r.step % o->ref_every == 0) {
             device_copy(ref.weights, m.weights, m.layout.elements * sizeof(real));
+            if (has_master(&m))
+                device_copy(ref.master, m.master, m.layout.elements * sizeof(accum));
+        }
         last = r.step == o->steps;
         stop = stop_signal || (o->stop_after && r.step >= o->stop_after);
         fprintf(log, "%zu,%.4f,%.4f,%.4f,%.2f,%.4f,%.5f,%.4f,%.4f,%.4f,", r.step, s.reward,
@@ -5014,6 +5112,7 @@ static int command_rl(const Options *given)
                "%.0f%% norm %.2f test %.1f%% rollout %.0f tok/s update %.0f %.0fs\n", r.step,
                o->steps, 100 * s.accuracy, 100 * s.format, s.length, s.entropy, s.sums.kl,
                100 * s.flat, s.norm, 100 * r.val_loss, drawn, learnt, now() - r.start);
+        rl_warn(&s, o);
         fflush(stdout);
         if (last || stop || (o->save_every && r.step % o->save_every == 0))
             run_save(&r, o, &m, &opt, with_ref ? &ref : NULL, log);
@@ -5600,8 +5699,43 @@ static int command_bench(const Options *o)
 // ------------------------------------------------------------------------------------------------
 // 13  Commands
 
+// Answers one question and says what the task's verifier thinks of it.
+static int sample_answer(const Options *given)
+{
+    Options own = *given, *o = &own;
+    static char answer[LINE];
+    o->task = o->sample_task, o->task_cmd = o->verify_cmd = "";
+    Source source = source_open(o);
+    size_t most = o->max_prompt + o->max_tokens;
+    Config c = directory_config(o->model);
+    Question q;
+    Reward reward;
+    Sampler sampler = {o->temperature, (int)min_size(o->top_k, c.V), o->top_p, o->seed, 0};
+    NEED(most <= c.Tmax, "--max-prompt and --max-tokens are %zu together; the model's "
+         "max_position_embeddings is %zu", most, c.Tmax);
+    NEED(parse_question(&q, source.task, o->prompt),
+         "--prompt '%s' is no question of the task %s, such as %s", o->prompt, o->task,
+         source.task == TASK_ADD ? "347+586" : source.task == TASK_MUL ? "23*45" :
+         source.task == TASK_SORT ? "5,31,8" : "3,5,8=64");
+    Model m = model_load(o->model, 0);
+    Exam e = exam_make(&m, &source, 1, most);
+    Line *line = &e.question[0];
+    put(line, "%s", o->prompt);
+    rollout_ask(&e.roll, 0, line);
+    rollout_draw(&e.roll, &e.decoder, &sampler, END);
+    rollout_answer(answer, &e.roll, 0);
+    for (size_t i = e.roll.prompt[0]; i < e.roll.length[0]; i++) print_token(e.roll.text[i]);
+    reward = judge(&q, answer);
+    printf("%s\n", reward.accuracy > 0 ? "right" : reward.format > 0 ? "wrong" :
+           "wrong: not of the form <think>...</think><answer>...</answer>");
+    exam_free(&e);
+    model_free(&m);
+    return 0;
+}
+
 static int command_sample(const Options *o)
 {
+    if (*o->sample_task) return sample_answer(o);
     Model shape;
     memset(&shape, 0, sizeof shape);
     shape.config = directory_config(o->model);
@@ -5629,8 +5763,58 @@ static int command_sample(const Options *o)
     return 0;
 }
 
+// Accuracy on a task's test questions: of the likeliest answer, of one drawn, and of what most of
+// several drawn answers say.
+static int eval_task(const Options *given)
+{
+    Options own = *given, *o = &own;
+    static char one[LINE], other[LINE];
+    o->task = o->test_task, o->task_cmd = o->verify_cmd = "";
+    Source source = source_open(o);
+    size_t most = o->max_prompt + o->max_tokens, votes = o->votes, length = 0;
+    Config c = directory_config(o->model);
+    NEED(most <= c.Tmax, "--max-prompt and --max-tokens are %zu together; the model's "
+         "max_position_embeddings is %zu", most, c.Tmax);
+    NEED(o->test && votes && votes <= 512, "--test must be at least 1, --votes 1 to 512");
+    Model m = model_load(o->model, 0);
+    Exam e = exam_make(&m, &source, 512, most);
+    const char *error = NULL;
+    double greedy = test_accuracy(&e, o->test, &error), drawn = 0, majority = 0, format = 0;
+    for (size_t at = 0, k; at < o->test; at += k) {
+        k = min_size(512 / votes, o->test - at);
+        Sampler sampler = {1, 0, 1, o->seed, at * votes};
+        exam_sit(&e, &sampler, 1, at, k, votes);
+        length += e.roll.drawn;
+        for (size_t q = 0; q < k; q++) {
+            size_t best = 0, winner = q * votes;
+            for (size_t i = q * votes; i < (q + 1) * votes; i++) {
+                size_t same = 0;
+                drawn += e.reward[i].accuracy;
+                format += e.reward[i].format;
+                rollout_answer(one, &e.roll, i);
+                const char *say = strstr(one, "<answer>");
+                for (size_t j = q * votes; say && j < (q + 1) * votes; j++) {
+                    rollout_answer(other, &e.roll, j);
+                    const char *says = strstr(other, "<answer>");
+                    same += says && !strcmp(say, says);
+                }
+                if (same > best) best = same, winner = i;
+            }
+            majority += e.reward[winner].accuracy;
+        }
+    }
+    double n = (double)o->test, all = n * (double)votes;
+    printf("greedy %.1f%% pass@1 %.1f%% majority of %zu %.1f%% format %.1f%% length %.1f "
+           "questions %zu\n", 100 * greedy, 100 * drawn / all, votes, 100 * majority / n,
+           100 * format / all, (double)length / all, o->test);
+    exam_free(&e);
+    model_free(&m);
+    return 0;
+}
+
 static int command_eval(const Options *o)
 {
+    if (*o->test_task) return eval_task(o);
     Config c = directory_config(o->model);
     Data text = data_load(o->data, &c);
     NEED(text.n >= 2, "%s: has %zu bytes; 2 are needed to predict one", o->data, text.n);
@@ -5638,7 +5822,7 @@ static int command_eval(const Options *o)
     const char *memory = memory_plan(&c, 0, min_size(EVAL_ROWS(T), (text.n - 1) / T), T, 0);
     Model m = model_load(o->model, 0);
     fprintf(stderr, "memory: %s\n", memory);
-    printf("loss %.7f tokens %zu\n", text_loss(&m, text.bytes, text.n, T), text.n - 1);
+    printf("loss %.7f tokens %zu\n", text_loss(&m, text.bytes, text.n, T, 0), text.n - 1);
     free(text.bytes);
     model_free(&m);
     return 0;
