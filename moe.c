@@ -3,8 +3,9 @@ moe.c: DeepSeek in one C file.
 
 The transformer of DeepSeek-V3, forward and backward: multi-head latent attention, a mixture of
 experts balanced without an auxiliary loss, multi-token prediction; its training and generation.
-Papers, cited below as [V2] arXiv:2405.04434, [V3] arXiv:2412.19437, [YaRN] arXiv:2309.00071,
-[Muon] Jordan 2024 and Moonlight arXiv:2502.16982.
+The recipe of R1 on top: a model that teaches itself by reinforcement learning.
+Papers, cited below as [V2] arXiv:2405.04434, [V3] arXiv:2412.19437, [R1] arXiv:2501.12948,
+[YaRN] arXiv:2309.00071, [Muon] Jordan 2024 and Moonlight arXiv:2502.16982.
 
     section                    what                                               equations
      1  Numbers and helpers    types, errors, memory, random numbers
@@ -22,14 +23,17 @@ Papers, cited below as [V2] arXiv:2405.04434, [V3] arXiv:2412.19437, [YaRN] arXi
      5  The model              MLA, MoE, block, multi-token prediction            [V3] 1-25
      6  Optimizers             AdamW, Muon, the router's bias                     [V3] 2.1.2
      7  Generation             latent cache, absorbed attention, speculation      [V2] 2.1.2
-     8  Files                  JSON, safetensors, model directories
-     9  Options                the one table of the command line
-    10  Training               data, schedule, progress
-    11  Planning               parameters, work, memory, time, cost               [V3] 4.2
-    12  Benchmark              the machine's limits and how near we come
-    13  Commands
+     8  Reinforcement learning rollouts, advantages, GRPO's loss                  [R1] 1-3
+     9  Tasks                  questions, worked answers, verifiers               [R1] 2.2.2
+    10  Files                  JSON, safetensors, model directories
+    11  Options                the one table of the command line
+    12  Training               data, schedule, progress
+    13  Self-improvement       who asks, who judges, the runs of R1
+    14  Planning               parameters, work, memory, time, cost               [V3] 4.2
+    15  Benchmark              the machine's limits and how near we come
+    16  Commands
 
-Sections 5 to 13 know no device: they call operations and move memory with device_*().
+Sections 5 to 16 know no device: they call operations and move memory with device_*().
 A pointer's comment gives its shape, rows first. An operation's outputs come before its inputs.
 */
 #define _POSIX_C_SOURCE 200809L
@@ -3020,8 +3024,8 @@ static Question make_question(int task, long size, int testing, uint64_t seed, u
 // others answer at once, of which only a share `right` is right. Thinking slips now and then too.
 typedef struct { double worked, right, slips; } Quality;
 
-// Addition as one learns it, from the right: both numbers as far as they are left, their last digits
-// with the carry, the digits of the sum so far.
+// Addition as one learns it, from the right: what is left of both numbers, their last digits and
+// the carry, the digits of the sum so far.
 //     347+586 7+6+0=13 3|34+58 4+8+1=13 33|3+5 3+5+1=9 933
 static long work_add(Line *line, const Question *q, Random *r, double slips)
 {
@@ -3203,7 +3207,7 @@ static Reward judge(const Question *q, const char *answer)
 }
 
 // ------------------------------------------------------------------------------------------------
-// 8  Files
+// 10  Files
 
 // Opens a regular file; opening a pipe could wait for ever.
 static FILE *open_file(const char *path, size_t *size)
@@ -4060,7 +4064,7 @@ static Model model_load(const char *directory, int training)
 }
 
 // ------------------------------------------------------------------------------------------------
-// 9  Options
+// 11  Options
 
 // Every option of the command line, once: commands that take it, type, field, --name, default,
 // what it takes, what it does.
@@ -4078,7 +4082,7 @@ enum {
     X(RUN | EVAL | CHECK, Text, data, "data", "", "FILE", "text to read") \
     X(TRAIN | RL, Text, out, "out", "out/model", "DIR", "where the trained model goes") \
     X(TRAIN | RL, Text, resume, "resume", "", "DIR", "go on with the run that was saved there") \
-    X(TRAIN | RL, Count, stop_after, "stop-after", "0", "K", "end after step K, saving; 0: do not") \
+    X(TRAIN | RL, Count, stop_after, "stop-after", "0", "K", "end after step K, saved; 0: do not") \
     X(RUN, Count, save_every, "save-every", "200", "N", "steps between saves; 0: at the end") \
     X(RL_RUN, Count, rl_save_every, "save-every", "20", "N", "steps between saves; 0: at the end") \
     X(CHECK, Text, dump, "dump", "", "FILE", "write logits, losses and gradients there") \
@@ -4086,7 +4090,8 @@ enum {
     X(RL_RUN | TASK, Text, task, "task", "add", "NAME", "add, mul, countdown or sort") \
     X(EVAL, Text, test_task, "task", "", "NAME", "answer the test questions of a task instead") \
     X(SAMPLE, Text, sample_task, "task", "", "NAME", "answer --prompt as a question of this task") \
-    X(RL_RUN | TASK | EVAL | SAMPLE, Text, size, "size", "3", "N", "digits, or numbers, of a question; or N-M") \
+    X(RL_RUN | TASK | EVAL | SAMPLE, Text, size, "size", "3", "N", \
+      "digits, or numbers, of a question; or N-M") \
     X(RL_RUN, Text, task_cmd, "task-cmd", "", "CMD", "program that writes questions, a line each") \
     X(RL_RUN, Text, verify_cmd, "verify-cmd", "", "CMD", \
       "program that reads question<TAB>answer lines and writes a reward for each") \
@@ -4097,7 +4102,8 @@ enum {
     X(RL_RUN, Count, rl_steps, "steps", "40", "N", "steps to train") \
     X(RL_RUN, Count, questions, "questions", "32", "N", "questions a step; R1: 32") \
     X(RL_RUN, Count, group, "group", "16", "G", "answers to a question; R1: 16") \
-    X(RL_RUN | EVAL | SAMPLE, Count, max_tokens, "max-tokens", "96", "N", "tokens of an answer; R1: 32768") \
+    X(RL_RUN | EVAL | SAMPLE, Count, max_tokens, "max-tokens", "160", "N", \
+      "tokens of an answer; R1: 32768") \
     X(RL_RUN | EVAL | SAMPLE, Count, max_prompt, "max-prompt", "32", "N", "tokens of a question") \
     X(RL_RUN, Count, minibatches, "minibatches", "1", "N", \
       "parts of a step's answers, each an update; R1: 16") \
@@ -4191,7 +4197,7 @@ static double parse_real(const char *name, const char *value, int whole)
 #define parse_Number(name, value) parse_real(name, value, 0)
 
 // ------------------------------------------------------------------------------------------------
-// 10  Training
+// 12  Training
 
 // Says what a command is about to allocate, for B sequences at once and a cache; refuses what the
 // machine does not have.
@@ -4264,8 +4270,8 @@ static double share_weights(accum *weight, size_t n)
 
 #define EVAL_ROWS(T) ceil_div(4096, T) // sequences at once
 
-// Mean loss over every token of bytes[0 .. n) but the first, or of those in answers, in windows of T
-// tokens, of which each sees what stands before it in its window. The last window may be shorter.
+// Mean loss over every token of bytes[0 .. n) but the first, or over those in answers, in windows of
+// T tokens, of which each sees what stands before it in its window. The last may be shorter.
 static double text_loss(const Model *m, const char *bytes, size_t n, size_t T, int answers_only)
 {
     size_t tokens = n - 1, most = EVAL_ROWS(T);
@@ -4713,6 +4719,9 @@ static int command_train(const Options *o)
     return stop_signal && !last ? 128 + stop_signal : 0;
 }
 
+// ------------------------------------------------------------------------------------------------
+// 13  Self-improvement
+
 // Where questions come from and who judges the answers: a built-in task, or programs of the user's.
 typedef struct {
     int task;          // TASKS: not a built-in one
@@ -4825,7 +4834,8 @@ enum { END = '\n' }; // begins every question and ends every answer
 static void rollout_ask(Rollout *r, size_t i, const Line *q)
 {
     int *to = r->text + i * r->most;
-    NEED(q->length + 2 < r->most, "the question %s is too long; use a larger --max-prompt", q->text);
+    NEED(q->length + 2 < r->most, "the question %s is too long; use a larger --max-prompt",
+         q->text);
     to[0] = END;
     tokens_copy(to + 1, q->text, q->length);
     to[q->length + 1] = '\t';
@@ -4993,8 +5003,121 @@ static int command_task(const Options *o)
     return 0;
 }
 
+// moe rl's log as panels: each a line and, perhaps, dots from two columns of log.csv (0: none).
+enum { LOG_COLUMNS = 14, PLOT_ROWS = 13, PLOT_WIDTH = 60, PANEL_WIDTH = 241 };
+static const struct { const char *title; double scale; size_t column[2]; } panels[] = {
+    {"reward", 1, {1, 0}}, {"accuracy, % (dots: tests)", 100, {2, 10}},
+    {"answer length, tokens", 1, {4, 0}}, {"KL", 1, {6, 0}}, {"entropy, nats", 1, {5, 0}},
+};
+enum { ACCURACY_PANEL = 1, LENGTH_PANEL, PANELS = sizeof panels / sizeof *panels };
+typedef struct { double low, high, y[2][PANEL_WIDTH]; } Curve; // nan: no number there
+
+static double plot_scale(double v, double low, double high) // to 0 .. 1
+{
+    return high - low > 1e-9 * fabs(high) ? (v - low) / (high - low) : 0.5;
+}
+
+// A panel `width` wide: where n rows of the log share a place, their mean.
+static Curve curve_make(size_t panel, size_t width, const double *row, size_t n, const double *step)
+{
+    Curve c = {NAN, NAN, {{0}, {0}}};
+    for (int k = 0; k < 2; k++) {
+        size_t count[PANEL_WIDTH] = {0}, column = panels[panel].column[k];
+        for (const double *r = row; r < row + n * LOG_COLUMNS && column; r += LOG_COLUMNS) {
+            size_t x = (size_t)(plot_scale(*r, step[0], step[1]) * (double)(width - 1) + 0.5);
+            if (!isnan(r[column])) c.y[k][x] += panels[panel].scale * r[column], count[x]++;
+        }
+        for (size_t x = 0; x < width; x++) {
+            c.y[k][x] = count[x] ? c.y[k][x] / (double)count[x] : NAN;
+            c.low = fmin(c.low, c.y[k][x]); // of nan and a number: the number
+            c.high = fmax(c.high, c.y[k][x]);
+        }
+    }
+    return c;
+}
+
+static void plot_print(const Curve *a, const Curve *l, const double *step) // accuracy and length
+{
+    const Curve *c[3] = {l, a, a};
+    char grid[PLOT_ROWS][PLOT_WIDTH];
+    memset(grid, ' ', sizeof grid);
+    for (int k = 0; k < 3; k++)
+        for (int x = 0; x < PLOT_WIDTH; x++) {
+            double y = c[k]->y[k / 2][x], down = 1 - plot_scale(y, c[k]->low, c[k]->high);
+            if (!isnan(y)) grid[(int)(down * (PLOT_ROWS - 1) + 0.5)][x] = ".*o"[k];
+        }
+    printf("\n%-43s%34s\n", "accuracy, %: * in training, o in tests", "length, tokens: .");
+    for (int y = 0; y < PLOT_ROWS; y++) {
+        double up = 1 - y / (PLOT_ROWS - 1.0);
+        if (y % 3) printf("%8s|%.*s|\n", "", PLOT_WIDTH, grid[y]);
+        else printf("%7.1f +%.*s+ %.1f\n", a->low + up * (a->high - a->low), PLOT_WIDTH, grid[y],
+                    l->low + up * (l->high - l->low));
+    }
+    printf("%9s%-28.0fstep%28.0f\n", "", step[0], step[1]);
+}
+
+static void panel_print(FILE *f, size_t panel, const Curve *c, const double *step)
+{
+    fprintf(f, "<g transform=\"translate(%zu,%zu)\">\n<text y=\"-12\" font-size=\"14\">%s</text>\n"
+            "<path d=\"M0 0V120H240\"/>\n<text class=\"end\" x=\"-6\" y=\"9\">%.3g</text>\n"
+            "<text class=\"end\" x=\"-6\" y=\"120\">%.3g</text>\n<text y=\"137\">step %.0f</text>\n"
+            "<text class=\"end\" x=\"240\" y=\"137\">%.0f</text>\n", 60 + panel % 3 * 310,
+            40 + panel / 3 * 200, panels[panel].title, c->high, c->low, step[0], step[1]);
+    for (int k = 0; k < 2; k++) {
+        const char *pen = "M"; // h0, a line of length 0, shows a point that is alone
+        fprintf(f, "<path class=\"%s\" d=\"", k ? "dots" : "line");
+        for (int x = 0; x < PANEL_WIDTH; x++) {
+            double down = 1 - plot_scale(c->y[k][x], c->low, c->high);
+            if (isnan(c->y[k][x])) continue;
+            fprintf(f, "%s%d %.1fh0", pen, x, 120 * down);
+            pen = k ? "M" : "L";
+        }
+        fprintf(f, k ? "\"/>\n</g>\n" : "\"/>\n");
+    }
+}
+
+// Plots directory/log.csv: accuracy and length on the terminal, all panels in directory/curve.svg.
+static void rl_plot(const char *directory)
+{
+    Path path = path_join(directory, "log.csv"), svg = path_join(directory, "curve.svg");
+    size_t size, n = 0, lines = 0;
+    char *text = read_file(path.text, &size, SIZE_MAX - 1), *end;
+    for (size_t i = 0; i < size; i++) lines += text[i] == '\n';
+    double *row = (double *)host_alloc(lines, LOG_COLUMNS * sizeof(double)), step[2] = {NAN, NAN};
+    for (char *s = text; (end = strchr(s, '\n')); s = end + 1) {
+        double *r = row + n * LOG_COLUMNS;
+        for (int k = 0; k < LOG_COLUMNS; k++) {
+            char *stop = s + strcspn(s, ",\n"), *rest;
+            double v = strtod(s, &rest);
+            r[k] = rest > s && rest <= stop && fabs(v) < 1e30 ? v : NAN;
+            s = stop + (*stop == ',');
+        }
+        step[0] = fmin(step[0], *r);
+        step[1] = fmax(step[1], *r);
+        n += !isnan(*r); // the head is no row
+    }
+    NEED(n && !strncmp(text, "step,reward,", 12), "%s: no step of moe rl in it", path.text);
+    Curve accuracy = curve_make(ACCURACY_PANEL, PLOT_WIDTH, row, n, step);
+    Curve length = curve_make(LENGTH_PANEL, PLOT_WIDTH, row, n, step);
+    plot_print(&accuracy, &length, step);
+    Output o = output_open(svg.text);
+    fprintf(o.f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 940 390\" width=\"940\" "
+            "height=\"390\" font-family=\"sans-serif\" font-size=\"12\">\n<style>text{fill:#808080}"
+            ".end{text-anchor:end}path{fill:none;stroke:#808080;stroke-linecap:round;"
+            "stroke-linejoin:round}.line{stroke:#4a88c8;stroke-width:1.5}"
+            ".dots{stroke:#e08020;stroke-width:6}</style>\n");
+    for (size_t k = 0; k < PANELS; k++) {
+        Curve c = curve_make(k, PANEL_WIDTH, row, n, step);
+        panel_print(o.f, k, &c, step);
+    }
+    fprintf(o.f, "</svg>\n");
+    output_close(&o);
+    free(row);
+    free(text);
+}
+
 // What a run that teaches nothing looks like, and what to try; said once.
-static void rl_warn(const RlStep *s, const Options *o)
+static void rl_warn(const RlStep *s)
 {
     static int said, flat;
     const char *what = NULL;
@@ -5002,15 +5125,14 @@ static void rl_warn(const RlStep *s, const Options *o)
     if (s->sums.kl > 10)
         what = "the policy has run away from its reference; try a smaller --lr or a larger --kl";
     else if (s->entropy < 0.01 && s->accuracy < 0.2)
-        what = "the policy has collapsed on answers that earn nothing; go back to an earlier model, "
-               "with a smaller --lr";
+        what = "the policy has collapsed on answers that earn nothing; go back to an earlier "
+               "model, with a smaller --lr";
     else if (flat >= 5)
         what = "nearly all groups agree, so nothing is learnt; try easier questions (--size), a "
                "larger --group or a better base model";
     if (what && !said++)
         printf("warning: KL %.2g, entropy %.2g, accuracy %.0f%%: %s\n", s->sums.kl, s->entropy,
                100 * s->accuracy, what);
-    (void)o;
 }
 
 // Rejection sampling: writes the first right answer to each question that has one.
@@ -5051,8 +5173,9 @@ static int command_rl(const Options *given)
          "max_position_embeddings is %zu", most, c->Tmax);
     NEED(n && o->group > 1 && o->steps && o->max_tokens, "--questions, --steps and --max-tokens "
          "must be at least 1, --group 2");
-    NEED(o->minibatches && o->minibatches <= n && o->epochs, "--minibatches and --epochs must be at "
-         "least 1, --minibatches at most the %zu answers of a step", n);
+    NEED(o->minibatches && o->minibatches <= n && o->epochs,
+         "--minibatches and --epochs must be at least 1, --minibatches at most %zu, the answers of "
+         "a step", n);
     NEED(o->rl_temperature > 0, "--temperature must be above 0: answers that are all alike teach "
          "nothing");
     Run r;
@@ -5086,6 +5209,7 @@ static int command_rl(const Options *given)
     if (!r.step) r.val_loss = test_accuracy(&e, o->test, &error);
     printf("test accuracy %.1f%%\n", 100 * r.val_loss);
     int last = 0, stop = 0;
+    size_t bad = 0;
     r.start = now();
     while (!last && !stop && !error) {
         Sampler sampler = {o->rl_temperature, 0, 1, o->seed, (r.step + 1) * n};
@@ -5095,6 +5219,12 @@ static int command_rl(const Options *given)
                              r.step);
         double drawn = (double)s.tokens / e.seconds, learnt = (double)s.tokens / s.update_seconds;
         r.step++;
+        bad = s.bad ? bad + s.bad : 0;
+        if (s.bad)
+            printf("step %zu: %zu updates were not finite: skipped\n", r.step, s.bad);
+        if (bad >= BAD_STEPS)
+            die(FAILED, "%zu updates in a row were not finite; %s %s; try a smaller --lr", bad,
+                r.saved ? "the last good state is in" : "no state is in", o->out);
         if (with_ref && o->ref_every && r.step % o->ref_every == 0) {
             device_copy(ref.weights, m.weights, m.layout.elements * sizeof(real));
             if (has_master(&m))
@@ -5112,7 +5242,7 @@ static int command_rl(const Options *given)
                "%.0f%% norm %.2f test %.1f%% rollout %.0f tok/s update %.0f %.0fs\n", r.step,
                o->steps, 100 * s.accuracy, 100 * s.format, s.length, s.entropy, s.sums.kl,
                100 * s.flat, s.norm, 100 * r.val_loss, drawn, learnt, now() - r.start);
-        rl_warn(&s, o);
+        rl_warn(&s);
         fflush(stdout);
         if (last || stop || (o->save_every && r.step % o->save_every == 0))
             run_save(&r, o, &m, &opt, with_ref ? &ref : NULL, log);
@@ -5122,12 +5252,23 @@ static int command_rl(const Options *given)
         die(FAILED, "%s%s%s", error, r.step ? "; saved, go on with ./moe rl --resume " : "",
             r.step ? o->out : "");
     }
+    fflush(log);
+    if (r.step > r.first_step) rl_plot(o->out);
+    if (!last)
+        printf("stopped after step %zu of %zu, saved; go on with ./moe rl --resume %s\n", r.step,
+               o->steps, o->out);
+    int failed = ferror(log);
+    if (fclose(log) || failed) die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
     exam_free(&e);
+    optimizer_free(&opt);
+    acts_free(&a);
+    if (with_ref) model_free(&ref);
+    model_free(&m);
     return stop_signal && !last ? 128 + stop_signal : 0;
 }
 
 // ------------------------------------------------------------------------------------------------
-// 11  Planning
+// 14  Planning
 
 // What a model and its training take, from sizes alone: no weight is allocated. Beside it stands
 // what was published: [V3] 4.2 and table 1; V3's work, speed and cache in [ISCA] arXiv:2505.09343,
@@ -5465,7 +5606,7 @@ static int command_plan(const Options *o)
 }
 
 // ------------------------------------------------------------------------------------------------
-// 12  Benchmark
+// 15  Benchmark
 
 #ifndef MOE_CUDA
 #define FORGET __asm__ volatile("" ::: "memory") // the compiler is not to see that nothing changes
@@ -5697,7 +5838,7 @@ static int command_bench(const Options *o)
 }
 
 // ------------------------------------------------------------------------------------------------
-// 13  Commands
+// 16  Commands
 
 // Answers one question and says what the task's verifier thinks of it.
 static int sample_answer(const Options *given)
