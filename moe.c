@@ -4411,6 +4411,14 @@ static Recipe recipe_make(const Options *o, int muon, double lr, double adam_lr,
     return r;
 }
 
+static int is_muon(const char *optimizer)
+{
+    int muon = !strcmp(optimizer, "muon");
+    NEED(muon || !strcmp(optimizer, "adamw"), "--optimizer is %s; it must be muon or adamw",
+         optimizer);
+    return muon;
+}
+
 // A run of training.
 typedef struct {
     int command;           // TRAIN or RL
@@ -4437,8 +4445,7 @@ static Run run_make(const Options *o, const Config *c)
     r.val_loss = r.train_loss = NAN;
     r.start = now();
     NEED(o->steps && r.B && o->accumulate, "--steps, --batch and --accumulate must be at least 1");
-    NEED(!strcmp(o->optimizer, "muon") || !strcmp(o->optimizer, "adamw"),
-         "--optimizer is %s; it must be muon or adamw", o->optimizer);
+    is_muon(o->optimizer);
     NEED(is_utf8(o->data), "--data %s: a name that is not UTF-8 cannot be saved", o->data);
     NEED(o->val_share < 1, "--val-share is %g; it must be below 1", o->val_share);
     r.n_train = (size_t)((double)r.text.n * (1 - o->val_share));
@@ -4656,7 +4663,7 @@ static int command_train(const Options *o)
     if (*o->resume) run_load(&r, o, &m, &opt, NULL);
     FILE *log = log_open(&r, o, "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr\n");
     Acts a = acts_make(c, r.B, r.T, 1);
-    int muon = !strcmp(o->optimizer, "muon"), last = 0, stop = 0, bad = 0;
+    int muon = is_muon(o->optimizer), last = 0, stop = 0, bad = 0;
     catch_signals();
     printf("memory: %s\n%zu parameters, %zu layers, %zu of %zu experts a token; %zu x %zu tokens a "
            "step, %s, %d threads\n", memory, parameters(&m.layout), c->L, c->K, c->E,
@@ -4779,11 +4786,11 @@ static Source source_open(const Options *o)
         return s;
     }
     s.task = TASKS;
-    signal(SIGPIPE, SIG_IGN); // a judge that ends is then an error that a write returns
     fflush(NULL);
     s.questions = popen(o->task_cmd, "r");
     NEED(s.questions, "--task-cmd: cannot start '%s': %s", o->task_cmd, strerror(errno));
     start_judge(&s, o->verify_cmd);
+    signal(SIGPIPE, SIG_IGN); // a judge that ends is then an error that a write returns
     return s;
 }
 
@@ -4848,7 +4855,8 @@ static void rollout_answer(char answer[LINE], const Rollout *r, size_t i)
     const int *text = r->text + i * r->most;
     size_t n = 0, prompt = r->prompt[i], length = r->length[i] - prompt - 1;
     int ended = length < LINE && text[r->length[i] - 1] == END;
-    while (ended && n < length && text[prompt + n] > 0) answer[n] = (char)text[prompt + n], n++;
+    while (ended && n < length && text[prompt + n] > 0 && text[prompt + n] < 256)
+        answer[n] = (char)text[prompt + n], n++;
     answer[n == length ? n : 0] = 0;
 }
 
@@ -5176,6 +5184,7 @@ static int command_rl(const Options *given)
     NEED(o->minibatches && o->minibatches <= n && o->epochs,
          "--minibatches and --epochs must be at least 1, --minibatches at most %zu, the answers of "
          "a step", n);
+    int muon = is_muon(o->rl_optimizer);
     NEED(o->rl_temperature > 0, "--temperature must be above 0: answers that are all alike teach "
          "nothing");
     Run r;
@@ -5201,7 +5210,7 @@ static int command_rl(const Options *given)
     Acts a = acts_make(c, B, most - 1, 1);
     a.temperature = o->rl_temperature;
     a.alpha = a.mtp_weight = 0; // rewards alone; and the routers' biases stay as they are
-    Recipe recipe = recipe_make(o, !strcmp(o->rl_optimizer, "muon"), o->lr, o->rl_adam_lr, 0);
+    Recipe recipe = recipe_make(o, muon, o->lr, muon ? o->rl_adam_lr : o->lr, 0);
     const char *error = NULL;
     catch_signals();
     printf("memory: %s\n%zu questions x %zu answers a step, up to %zu tokens each, %d threads\n",
@@ -5714,11 +5723,9 @@ static int command_bench(const Options *o)
 {
     Config c = config_from_options(o);
     size_t T = sequence_length(o, &c), B = o->batch, steps = o->bench_steps, N = size_mul(B, T);
-    int muon = !strcmp(o->bench_optimizer, "muon"), json = o->json, threads = thread_count();
+    int muon = is_muon(o->bench_optimizer), json = o->json, threads = thread_count();
     NEED(B > 0 && T >= 8, "--batch must be at least 1 and --seq 8");
     NEED(steps > 0, "--steps must be at least 1");
-    NEED(muon || !strcmp(o->bench_optimizer, "adamw"), "--optimizer is '%s'; it must be adamw or "
-         "muon", o->bench_optimizer);
     memory_plan(&c, 1, B, T, 0);
     Model m = model_from_options(o, &c, 1);
     size_t active = 0; // bytes of weights that a token reads

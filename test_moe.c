@@ -1866,6 +1866,713 @@ static void test_generate_trained(void)
     model_free(&m);
 }
 
+#endif // not MOE_DOUBLE
+
+// ------------------------------------------------------------------------------------------------
+// Reinforcement learning
+
+// Texts of different lengths: random tokens 1 .. V - 2, then V - 1; -1 where they have ended.
+static Rollout random_rollout(size_t n, size_t most, size_t V)
+{
+    Rollout r = rollout_make(n, most);
+    for (size_t i = 0; i < n; i++) {
+        r.prompt[i] = 2 + i % 3;
+        r.length[i] = i == 1 ? r.prompt[i] + 1 : most - i * 5 % (most - 6); // one answers at once
+        for (size_t t = 0; t < most; t++) {
+            int token = 1 + (int)(random_u64(81, i, t) % (V - 2));
+            r.text[i * most + t] = t + 1 < r.length[i] ? token : t < r.length[i] ? (int)V - 1 : -1;
+        }
+    }
+    return r;
+}
+
+// Runs text i alone and takes the log-probabilities of its answer from the logits: token t's is
+// logp[t]. a is for one sequence of a token less than the text. Returns their mean entropy.
+static double naive_logp(double *logp, const Model *m, Acts *a, const Rollout *r, size_t i,
+                         double temperature)
+{
+    size_t V = m->config.V, prompt = r->prompt[i], length = r->length[i];
+    const int *text = r->text + i * r->most;
+    double entropy = 0;
+    acts_load(a, text);
+    model_forward(m, a);
+    for (size_t t = prompt; t < length; t++) {
+        const real *z = a->layer[m->config.L - 1].logits + (t - 1) * V;
+        double sum = 0, mean = 0;
+        for (size_t v = 0; v < V; v++) {
+            sum += exp((double)z[v] / temperature);
+            mean += exp((double)z[v] / temperature) * (double)z[v] / temperature;
+        }
+        logp[t] = (double)z[text[t]] / temperature - log(sum);
+        entropy += (log(sum) - mean / sum) / (double)(length - prompt);
+    }
+    return entropy;
+}
+
+#ifdef MOE_DOUBLE
+// (r - mean) / std: of mean 0 and standard deviation 1, and 0 where all are alike.
+static void test_group_advantages(void)
+{
+    enum { G = 16 };
+    for (size_t n = 2; n <= G; n += 7) {
+        double r[G], A[G], mean = 0, square = 0, sum = 0, squares = 0;
+        for (size_t i = 0; i < n; i++) {
+            r[i] = 3 * random_uniform(82, n, i) - 1;
+            mean += r[i] / (double)n;
+            square += r[i] * r[i] / (double)n;
+        }
+        double std = sqrt(square - mean * mean);
+        near(group_advantages(A, r, n), std, 1e-13, "std");
+        for (size_t i = 0; i < n; i++) {
+            near(A[i], (r[i] - mean) / std, 1e-12, label("advantage %zu of %zu", i, n));
+            sum += A[i], squares += A[i] * A[i];
+        }
+        within(fabs(sum), 1e-13, "mean");
+        near(squares / (double)n, 1, 1e-13, "variance");
+        for (size_t i = 0; i < n; i++) r[i] = 0.1;
+        EXPECT(group_advantages(A, r, n) < 1e-9, "all alike have a std");
+        for (size_t i = 0; i < n; i++) EXPECT(A[i] == 0, "all alike: advantage %g", A[i]);
+    }
+    double one[4] = {0, 0, 2, 0}, A[4];
+    near(group_advantages(A, one, 4), sqrt(0.75), 1e-14, "std of one right in four");
+    near(A[2], sqrt(3), 1e-14, "the one that is right");
+    near(A[3], -sqrt(1 / 3.), 1e-14, "one that is wrong");
+}
+
+// What [R1] 1-2 maximise, of one answer: the mean over its tokens of
+// min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta (r - log r - 1), r = pi_ref / pi.
+static double objective(const double *logp, const double *old, const double *ref, size_t T,
+                        double A, double eps, double beta)
+{
+    double sum = 0;
+    for (size_t t = 0; t < T; t++) {
+        double rho = exp(logp[t] - old[t]), r = ref ? exp(ref[t] - logp[t]) : 1;
+        double clipped = rho < 1 - eps ? 1 - eps : rho > 1 + eps ? 1 + eps : rho;
+        sum += (rho * A < clipped * A ? rho * A : clipped * A) - beta * (r - log(r) - 1);
+    }
+    return sum / (double)T;
+}
+
+// log pi - log pi_old, off the kinks of eps 0.2, which are at -0.223 and 0.182.
+static const double drift[] = {0, 0.1, -0.3, 0.25, -0.15, 0.6, -0.8, 0.17, -0.2, 0.19};
+enum { DRIFTS = sizeof drift / sizeof *drift };
+
+static void test_grpo_loss(void)
+{
+    enum { T = DRIFTS };
+    static const double advantages[] = {1.3, -0.7, 0, 2.5}, clips[] = {0.2, 10}, h = 1e-4;
+    double ce[T], dce[T], unused[T], logp[T], old[T], ref[T];
+    for (size_t i = 0; i < 16; i++) {
+        Grpo g = {clips[i / 4 % 2], i < 8 ? 0.3 : 0};
+        double A = advantages[i % 4], kl = 0, clipped = 0;
+        const double *known = i < 8 ? ref : NULL;
+        for (size_t t = 0; t < T; t++) {
+            ce[t] = 0.1 + 3 * random_uniform(83, i, t), logp[t] = -ce[t];
+            old[t] = logp[t] - drift[t];
+            ref[t] = logp[t] + 2 * random_uniform(84, i, t) - 1;
+            kl += known ? (exp(ref[t] - logp[t]) - (ref[t] - logp[t]) - 1) / T : 0;
+            clipped += (A > 0 && drift[t] > log(1 + g.clip)) ||
+                       (A < 0 && g.clip < 1 && drift[t] < log(1 - g.clip));
+        }
+        char what[100];
+        snprintf(what, sizeof what, "A %g, clip %g, %s reference", A, g.clip, known ? "a" : "no");
+        GrpoSums s = grpo_loss(dce, ce, old, known, T, A, &g);
+        near(s.loss, -objective(logp, old, known, T, A, g.clip, g.kl), 1e-13, what);
+        near(s.kl, kl, 1e-12, what);
+        near(s.clipped, clipped / T, 1e-12, what);
+        for (size_t t = 0; t < T; t++) {
+            double was = ce[t], f[2];
+            for (int k = 0; k < 2; k++) {
+                ce[t] = was + (k ? h : -h);
+                f[k] = grpo_loss(unused, ce, old, known, T, A, &g).loss;
+            }
+            ce[t] = was;
+            within(fabs((f[1] - f[0]) / (2 * h) - dce[t]), 1e-8, label("%s, token %zu", what, t));
+        }
+    }
+}
+
+// Answers order[0 .. n) of r under a policy, a reference and advantages, each run by itself.
+typedef struct {
+    Model m;
+    const Rollout *r;
+    const size_t *order;
+    size_t n;
+    Acts *one;         // [r->n] for each text alone
+    double *ref, *A;   // [r->n, r->most], NULL: no reference; [r->n]
+    double temperature;
+    Grpo g;
+} GrpoTrial;
+
+static double grpo_trial_loss(void *p)
+{
+    GrpoTrial *t = (GrpoTrial *)p;
+    const Rollout *r = t->r;
+    double logp[64], sum = 0;
+    for (size_t k = 0; k < t->n; k++) {
+        size_t i = t->order[k], prompt = r->prompt[i], at = i * r->most + prompt;
+        naive_logp(logp, &t->m, &t->one[i], r, i, t->temperature);
+        sum -= objective(logp + prompt, r->logp + at, t->ref ? t->ref + at : NULL,
+                         r->length[i] - prompt, t->A[i], t->g.clip, t->g.kl);
+    }
+    return sum / (double)t->n;
+}
+
+// The gradient of a step's loss, in micro-batches, against differences of the loss of each answer
+// alone, and against itself however the answers are packed.
+static void check_grpo_gradient(Config c, int with_ref, double temperature)
+{
+    enum { N = 7, MOST = 14, USED = 6, ROOM = 2 * (MOST - 1) };
+    static const size_t sorted[] = {0, 5, 4, 6, 3, 1}, mixed[] = {1, 0, 6, 4, 3, 5}; // not 2
+    static const Grpo grpo[2] = {{0.2, 0}, {0.2, 0.4}};
+    double A[N] = {1.2, -0.8, 5, -1.5, 0.6, 0, 0.9}, num[PROBES + 1];
+    Model m = random_model(&c, 1, 85), ref = random_model(&c, 0, 85);
+    Rollout r = random_rollout(N, MOST, c.V);
+    size_t elements = m.layout.elements, kept = 0;
+    for (size_t i = 0; i < elements; i++) ref.weights[i] *= 1 + 0.1 * random_uniform(86, 0, i);
+    GrpoTrial t = {m, &r, sorted, USED, (Acts *)room(N, sizeof(Acts)), NULL, A, temperature,
+                   grpo[with_ref]};
+    if (with_ref) t.ref = reals(N * MOST);
+    Config main_model = c; // MTP layers have no part in it
+    main_model.D = 0;
+    for (size_t i = 0; i < N; i++) {
+        t.one[i] = acts_make(&main_model, 1, r.length[i] - 1, 1);
+        if (with_ref) naive_logp(t.ref + i * MOST, &ref, &t.one[i], &r, i, temperature);
+        naive_logp(r.logp + i * MOST, &m, &t.one[i], &r, i, temperature); // and routes
+        for (size_t k = r.prompt[i]; k < r.length[i]; k++)
+            r.logp[i * MOST + k] -= drift[kept++ % DRIFTS];
+    }
+    Acts a = acts_make(&c, ROOM / (MOST - 1), MOST - 1, 1);
+    a.temperature = temperature, a.alpha = a.mtp_weight = 0;
+    const Model *reference = with_ref ? &ref : NULL;
+    GrpoSums s = grpo_backward(&m, reference, &a, ROOM, &r, sorted, USED, A, &t.g);
+    EXPECT(a.B * a.T < ROOM, "there was one micro-batch");
+    accum *packed = copy_of(m.grads, elements), *alone = reals(elements);
+    near(s.loss / USED, grpo_trial_loss(&t), 1e-12, "loss");
+    EXPECT(s.clipped > 0.5 && with_ref == (s.kl > 0.01), "clipped %g, kl %g", s.clipped, s.kl);
+
+    hold_routing = 1;
+    for (size_t i = 0; i < m.layout.tensors; i++) {
+        const Tensor *x = &m.layout.tensor[i];
+        numeric_gradient(num, grpo_trial_loss, &t, m.weights + x->offset, tensor_size(x));
+        within(gradient_error(num, packed + x->offset, tensor_size(x),
+                              x->kind == ROUTER_BIAS || x->layer >= (int)c.L),
+               tolerance, name_of(&m, i));
+    }
+    hold_routing = 0;
+    for (size_t j = 0; j < c.C; j++) // what only follows answers, and what only ends them
+        EXPECT(!m.dw.embed[j] && !m.dw.embed[(c.V - 1) * c.C + j], "padding has a gradient");
+
+    grpo_backward(&m, reference, &a, ROOM, &r, mixed, USED, A, &t.g);
+    for (size_t i = 0; i < elements; i++) alone[i] = m.grads[i] - packed[i];
+    within(relative_error(alone, packed, elements), 1e-12, "in another order, added");
+    memset(m.grads, 0, elements * sizeof(accum));
+    for (size_t k = 0; k < USED; k++)
+        grpo_backward(&m, reference, &a, MOST - 1, &r, sorted + k, 1, A, &t.g);
+    for (size_t i = 0; i < elements; i++) alone[i] = m.grads[i] / USED;
+    within(relative_error(alone, packed, elements), 1e-12, "one by one");
+
+    Rollout wide = random_rollout(N, MOST + 5, c.V); // the same texts, other things behind them
+    for (size_t i = 0; i < N; i++) {
+        wide.prompt[i] = r.prompt[i], wide.length[i] = r.length[i];
+        memcpy(wide.text + i * (MOST + 5), r.text + i * MOST, r.length[i] * sizeof(int));
+        memcpy(wide.logp + i * (MOST + 5), r.logp + i * MOST, MOST * sizeof(accum));
+    }
+    memset(m.grads, 0, elements * sizeof(accum));
+    grpo_backward(&m, reference, &a, ROOM, &wide, sorted, USED, A, &t.g);
+    EXPECT(!memcmp(m.grads, packed, elements * sizeof(accum)), "what stands behind a text counts");
+    for (size_t i = 0; i < N; i++) acts_free(&t.one[i]);
+    acts_free(&a);
+    rollout_free(&r);
+    rollout_free(&wide);
+    model_free(&m);
+    model_free(&ref);
+}
+
+static void test_grpo_gradient(void)
+{
+    Config c = small_config();
+    c.L = 2;
+    check_grpo_gradient(c, 1, 0.7);
+    c.D = 0;
+    check_grpo_gradient(c, 0, 1);
+}
+#endif // MOE_DOUBLE
+
+// Draws texts of random tokens, all prompts of the same length if `prompt` is not 0. Behind their
+// ends is -1.
+static Rollout drawn_rollout(const Model *m, const Sampler *s, size_t n, size_t most, size_t prompt,
+                             int end)
+{
+    Rollout r = random_rollout(n, most, m->config.V);
+    Decoder d = decoder_make(m, n, most, 1, n, most);
+    for (size_t i = 0; i < n; i++) {
+        if (prompt) memcpy(r.text + i * most, r.text, most * sizeof(int));
+        if (prompt) r.prompt[i] = prompt;
+        for (size_t t = r.prompt[i]; t < most; t++) r.text[i * most + t] = -1;
+    }
+    rollout_draw(&r, &d, s, end);
+    decoder_free(&d);
+    return r;
+}
+
+// The log-probabilities of a token when drawn, from the latent cache, and of the same weights when
+// learnt from and as the reference are one number, or ratios would not begin at 1.
+static void test_rollout_logp(void)
+{
+    enum { N = 6, MOST = 24 };
+    double most = sizeof(real) == sizeof(double) ? 1e-10 : 1e-6;
+    Config c = small_config();
+    c.init_std = 0.1;
+    Model m = random_model(&c, 1, 87), ref = random_model(&c, 0, 87);
+    for (int cold = 0; cold < 2; cold++) {
+        Sampler s = {cold ? 0.7 : 1, 0, 1, 88, 0};
+        Rollout r = drawn_rollout(&m, &s, N, MOST, 0, 5);
+        Acts a = acts_make(&c, N, MOST - 1, 1);
+        size_t order[N];
+        double A[N], logp[MOST], entropy = 0, sum = 0;
+        a.temperature = s.temperature, a.alpha = a.mtp_weight = 0;
+        int *rows = (int *)room(N * MOST, sizeof(int));
+        for (size_t i = 0; i < N; i++) {
+            order[i] = i, A[i] = (double)i - 2, sum += A[i];
+            memcpy(rows + i * MOST, r.text + i * MOST, r.length[i] * sizeof(int));
+        }
+        acts_load(&a, rows);
+        model_forward(&m, &a);
+        const accum *loss = a.layer[c.L - 1].loss;
+        for (size_t i = 0; i < N; i++) {
+            Acts one = acts_make(&c, 1, r.length[i] - 1, 1);
+            entropy += naive_logp(logp, &m, &one, &r, i, s.temperature) *
+                       (double)(r.length[i] - r.prompt[i]) / (double)r.drawn;
+            for (size_t t = 0; t < MOST; t++) {
+                double drawn = (double)r.logp[i * MOST + t], learnt;
+                if (t < r.prompt[i] || t >= r.length[i]) {
+                    EXPECT(drawn == 0, "token %zu was not drawn", t);
+                    continue;
+                }
+                learnt = -(double)loss[i * (MOST - 1) + t - 1];
+                within(fabs(drawn - learnt), most, label("learnt, token %zu of %zu", t, i));
+                within(fabs(drawn - logp[t]), most, label("alone, token %zu of %zu", t, i));
+            }
+            acts_free(&one);
+        }
+        near(r.entropy, entropy, 10 * most, "entropy");
+        Grpo g = {0.2, 1};
+        GrpoSums sums = grpo_backward(&m, &ref, &a, N * (MOST - 1), &r, order, N, A, &g);
+        within(fabs(sums.loss + sum), 20 * most, "loss"); // -A each
+        within(fabs(sums.kl), most, "divergence");
+        EXPECT(sums.clipped == 0, "clipped %g", sums.clipped);
+        acts_free(&a);
+        rollout_free(&r);
+    }
+    model_free(&m);
+    model_free(&ref);
+}
+
+#ifndef MOE_DOUBLE
+static void expect_same_texts(const Rollout *a, const Rollout *b, size_t n, const char *what)
+{
+    for (size_t i = 0; i < n; i++) {
+        EXPECT(a->length[i] == b->length[i] &&
+               !memcmp(a->text + i * a->most, b->text + i * b->most, a->most * sizeof(int)),
+               "%s: text %zu is another", what, i);
+        for (size_t t = 0; t < a->most; t++)
+            within(fabs((double)a->logp[i * a->most + t] - (double)b->logp[i * b->most + t]), 2e-6,
+                   what);
+    }
+}
+
+// A text ends at `end` or is `most` long, and is the same whatever is drawn beside it.
+static void test_rollout_draw(void)
+{
+    enum { N = 20, MOST = 30, LAST = 5 };
+    Config c = small_config();
+    c.init_std = 0.2;
+    Model m = random_model(&c, 0, 89);
+    Sampler s = {1, 0, 1, 90, 7};
+    Rollout r = drawn_rollout(&m, &s, N, MOST, 0, LAST), asked = random_rollout(N, MOST, c.V);
+    size_t ended = 0, drawn = 0;
+    for (size_t i = 0; i < N; i++) {
+        const int *text = r.text + i * MOST;
+        size_t length = r.length[i];
+        EXPECT(r.prompt[i] == asked.prompt[i] && length > r.prompt[i] && length <= MOST,
+               "text %zu has %zu tokens", i, length);
+        EXPECT(!memcmp(text, asked.text + i * MOST, r.prompt[i] * sizeof(int)), "prompt %zu", i);
+        for (size_t t = r.prompt[i]; t < MOST; t++) {
+            EXPECT((text[t] == -1) == (t >= length), "text %zu, of %zu: token %zu is %d", i, length,
+                   t, text[t]);
+            EXPECT(t + 1 >= length || text[t] != LAST, "text %zu does not end at %zu", i, t);
+        }
+        EXPECT(length == MOST || text[length - 1] == LAST, "text %zu has no end", i);
+        ended += text[length - 1] == LAST;
+        drawn += length - r.prompt[i];
+    }
+    EXPECT(ended > 2 && ended < N - 2, "%zu texts ended", ended);
+    EXPECT(r.drawn == drawn, "%zu drawn, counted %zu", drawn, r.drawn);
+    EXPECT(r.entropy > 0 && r.entropy < log((double)c.V), "entropy %g", r.entropy);
+    snprintf(remark, sizeof remark, "%zu of %d ended", ended, N);
+
+    use_threads(2);
+    Rollout threads = drawn_rollout(&m, &s, N, MOST, 0, LAST);
+    expect_same_texts(&r, &threads, N, "2 threads");
+    EXPECT(!memcmp(r.logp, threads.logp, N * MOST * sizeof(accum)) && r.entropy == threads.entropy,
+           "2 threads: other bits");
+    rollout_free(&threads);
+    for (size_t n = 1; n < N; n += 6) {
+        Rollout few = drawn_rollout(&m, &s, n, MOST, 0, LAST);
+        expect_same_texts(&few, &r, n, label("%zu texts", n));
+        rollout_free(&few);
+    }
+    use_threads(1);
+    Rollout again = drawn_rollout(&m, &s, 5, MOST, 3, LAST); // one prompt; text i draws from
+    s.stream++;                                              // stream + i
+    Rollout next = drawn_rollout(&m, &s, 5, MOST, 3, LAST);
+    for (size_t i = 1; i < 5; i++)
+        EXPECT(!memcmp(again.text + i * MOST, next.text + (i - 1) * MOST, MOST * sizeof(int)) &&
+               memcmp(again.text + i * MOST, next.text + i * MOST, MOST * sizeof(int)),
+               "text %zu draws from another stream", i);
+    s.temperature = 0;
+    Rollout likeliest = drawn_rollout(&m, &s, 5, MOST, 3, LAST);
+    for (size_t i = 0; i < 5; i++)
+        EXPECT(!memcmp(likeliest.text, likeliest.text + i * MOST, MOST * sizeof(int)),
+               "the likeliest texts differ");
+    EXPECT(likeliest.entropy == 0 && likeliest.logp[3] == 0, "they have entropy %g",
+           likeliest.entropy);
+    rollout_free(&again);
+    rollout_free(&next);
+    rollout_free(&likeliest);
+    rollout_free(&r);
+    rollout_free(&asked);
+    model_free(&m);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Tasks
+
+static const long sizes[TASKS][2] = {{1, 8}, {1, 4}, {2, NUMBERS}, {1, NUMBERS}}; // from, to
+
+static int compare_questions(const void *x, const void *y)
+{
+    const Question *a = (const Question *)x, *b = (const Question *)y;
+    if (a->n != b->n || a->target != b->target)
+        return a->n != b->n ? (a->n > b->n) - (a->n < b->n) : (a->target > b->target) * 2 - 1;
+    return memcmp(a->number, b->number, sizeof a->number);
+}
+
+// The same numbers in another order are the same here.
+static Question sorted_question(Question q)
+{
+    qsort(q.number, q.n, sizeof *q.number, compare_longs);
+    return q;
+}
+
+// Questions are of the size asked for and are read as they are written.
+static void test_questions(void)
+{
+    for (int task = 0; task < TASKS; task++)
+        for (long size = sizes[task][0]; size <= sizes[task][1]; size++) {
+            int pair = task == TASK_ADD || task == TASK_MUL;
+            long low = pair && size > 1 ? (long)pow(10, (double)size - 1) : task == TASK_COUNTDOWN;
+            long most = pair ? (long)pow(10, (double)size) - 1 : task == TASK_SORT ? 99 : 9;
+            size_t seeds = 0, streams = 0, same = 0;
+            for (uint64_t i = 0; i < 60; i++) {
+                Question q = make_question(task, size, i % 2, 3, i), read;
+                Question other = make_question(task, size, i % 2, 4, i);
+                Question next = make_question(task, size, i % 2, 3, i + 2);
+                Question again = make_question(task, size, i % 2, 3, i);
+                Line line = {0, ""};
+                put_question(&line, &q);
+                EXPECT(parse_question(&read, task, line.text) && !compare_questions(&read, &q),
+                       "%s '%s' is read as another", task_names[task], line.text);
+                EXPECT(q.n == (pair ? 2 : (size_t)size) && q.target >= 0 && q.target <= 99,
+                       "%s of size %ld: %s", task_names[task], size, line.text);
+                for (size_t k = 0; k < q.n; k++)
+                    EXPECT(q.number[k] >= low && q.number[k] <= most, "%s of size %ld: %s",
+                           task_names[task], size, line.text);
+                seeds += compare_questions(&q, &other) != 0;
+                streams += compare_questions(&q, &next) != 0;
+                same += !compare_questions(&q, &again);
+            }
+            EXPECT(seeds > 40 && streams > 40 && same == 60, "%s of size %ld: %zu, %zu and %zu of "
+                   "60", task_names[task], size, seeds, streams, same);
+        }
+    static const struct { int task; const char *text; } wrong[] = {
+        {TASK_ADD, ""}, {TASK_ADD, "1"}, {TASK_ADD, "1+"}, {TASK_ADD, "+1"}, {TASK_ADD, "1+2+3"},
+        {TASK_ADD, "1+2 "}, {TASK_ADD, " 1+2"}, {TASK_ADD, "01+2"}, {TASK_ADD, "1+-2"},
+        {TASK_ADD, "1*2"}, {TASK_ADD, "1+2="}, {TASK_ADD, "1+2000000000"}, {TASK_MUL, "1+2"},
+        {TASK_SORT, "1,,2"}, {TASK_SORT, "1,2,"}, {TASK_SORT, "1,2,3,4,5,6,7,8,9"},
+        {TASK_COUNTDOWN, "1,2"}, {TASK_COUNTDOWN, "1,2="}, {TASK_COUNTDOWN, "1,2=-1"},
+        {TASK_COUNTDOWN, "=1"}, {TASK_COUNTDOWN, "1,2=3=3"}, {TASK_COUNTDOWN, "1,2=3,4"},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        Question q;
+        EXPECT(!parse_question(&q, wrong[i].task, wrong[i].text), "'%s' was taken", wrong[i].text);
+    }
+}
+
+// No question for testing has the numbers of one to train on, whatever seeds made them.
+static void test_questions_for_testing(void)
+{
+    enum { COUNT_EACH = 3000 };
+    Question *q = (Question *)room(2 * COUNT_EACH, sizeof *q);
+    for (int task = 0; task < TASKS; task++) {
+        size_t kept = 0, both = 0;
+        for (size_t i = 0; i < 2 * COUNT_EACH; i++) {
+            long size = task == TASK_MUL || i % 4 == 0 ? 2 : 3;
+            q[i] = sorted_question(make_question(task, size, i < COUNT_EACH, i % 3, i));
+        }
+        qsort(q, COUNT_EACH, sizeof *q, compare_questions);
+        for (size_t i = COUNT_EACH; i < 2 * COUNT_EACH; i++)
+            both += bsearch(&q[i], q, COUNT_EACH, sizeof *q, compare_questions) != NULL;
+        EXPECT(both == 0, "%s: %zu questions are in both", task_names[task], both);
+        for (long i = 0; i < 8000; i++) {
+            Question any = {task, 3, {i % 20, i / 20 % 20, i / 400, 0, 0, 0, 0, 0}, 0};
+            Question turned = {task, 3, {i / 400, i % 20, i / 20 % 20, 0, 0, 0, 0, 0}, 0};
+            EXPECT(is_for_testing(&any) == is_for_testing(&turned), "the order counts");
+            kept += is_for_testing(&any) != 0;
+        }
+        EXPECT(kept > 800 && kept < 1200, "%s: %zu of 8000 are for testing", task_names[task],
+               kept);
+    }
+}
+
+// How many of the equations in a text, such as 4+8+1=13, are false.
+static size_t false_equations(const char *text)
+{
+    size_t count = 0;
+    for (const char *equals = text; (equals = strchr(equals, '=')); equals++) {
+        const char *from = equals;
+        char *at, op;
+        while (from > text && strspn(from - 1, "0123456789+-*/")) from--;
+        long x = strtol(from, &at, 10);
+        while ((op = *at) != '=') {
+            long y = strtol(at + 1, &at, 10);
+            x = op == '+' ? x + y : op == '-' ? x - y : op == '*' ? x * y : x / y;
+        }
+        count += strtol(equals + 1, NULL, 10) != x;
+    }
+    return count;
+}
+
+// Which share of solutions of this quality is judged right. All must be well-formed, and thoughts
+// that do not slip be true.
+static double share_right(int task, long size, double worked, double right, double slips)
+{
+    enum { TRIES = 40 };
+    Quality quality = {worked, right, slips};
+    double sum = 0, thoughts = 0;
+    for (uint64_t i = 0; i < TRIES; i++) {
+        Random r = {5, 6, i << 20};
+        Question q = make_question(task, size, 0, 7, i);
+        Line line = {0, ""};
+        put_solution(&line, &q, &r, &quality);
+        Reward reward = judge(&q, line.text);
+        EXPECT(reward.format == 1, "%s: '%s' is not well-formed", task_names[task], line.text);
+        EXPECT(reward.accuracy == 1 || right < 1 || slips > 0, "%s: '%s' is wrong",
+               task_names[task], line.text);
+        EXPECT(slips > 0 || false_equations(line.text) == 0, "'%s' is false", line.text);
+        sum += reward.accuracy / TRIES;
+        thoughts += !strstr(line.text, "<think></think>");
+    }
+    EXPECT(thoughts == worked * TRIES, "%s: %g of %d think", task_names[task], thoughts, TRIES);
+    return sum;
+}
+
+// Solutions are as good as is said: all right, or all wrong, thought about or not.
+static void test_solutions(void)
+{
+    for (int task = 0; task < TASKS; task++)
+        for (long size = sizes[task][0]; size <= sizes[task][1] && size < 7; size++) {
+            double most = task != TASK_SORT ? 0 : size == 1 ? 1 : 0.8;
+            share_right(task, size, 1, 1, 0);
+            share_right(task, size, 0, 1, 0);
+            double wrong = share_right(task, size, 0, 0, 0);
+            EXPECT(wrong < most + 1e-9, "%s of size %ld: a share %g of wrong answers is right",
+                   task_names[task], size, wrong);
+            double slipped = share_right(task, size, 1, 0, 0.3);
+            EXPECT(slipped < 1 || size == 1, "%s of size %ld: slips do no harm", task_names[task],
+                   size);
+        }
+}
+
+// Near misses and cheats: whether they are right, and well-formed.
+static void test_judge(void)
+{
+#define SAID(answer) "<think></think><answer>" answer "</answer>"
+    static const struct {
+        int task;
+        const char *question, *answer;
+        int right, formed;
+    } cases[] = {
+        {TASK_ADD, "347+586", SAID("933"), 1, 1},
+        {TASK_ADD, "347+586", "<think>7+6=13 > 9\t</think><answer>933</answer>", 1, 1},
+        {TASK_ADD, "347+586", "", 0, 0}, {TASK_ADD, "347+586", "933", 0, 0},
+        {TASK_ADD, "347+586", "347+586", 0, 0}, {TASK_ADD, "347+586", SAID("347+586"), 0, 1},
+        {TASK_ADD, "347+586", SAID("932"), 0, 1}, {TASK_ADD, "347+586", SAID("93"), 0, 1},
+        {TASK_ADD, "347+586", SAID("9333"), 0, 1}, {TASK_ADD, "347+586", SAID("0933"), 0, 1},
+        {TASK_ADD, "347+586", SAID(" 933"), 0, 1}, {TASK_ADD, "347+586", SAID("933 "), 0, 1},
+        {TASK_ADD, "347+586", SAID("9 33"), 0, 1}, {TASK_ADD, "347+586", SAID("+933"), 0, 1},
+        {TASK_ADD, "347+586", SAID("-933"), 0, 1}, {TASK_ADD, "347+586", SAID("933.0"), 0, 1},
+        {TASK_ADD, "347+586", SAID("932 933"), 0, 1}, {TASK_ADD, "347+586", SAID("=933"), 0, 1},
+        {TASK_ADD, "347+586", SAID(""), 0, 0}, // says nothing
+        {TASK_ADD, "347+586", SAID("933") SAID("933"), 0, 0}, // everything twice
+        {TASK_ADD, "347+586", SAID("932") "<answer>933</answer>", 0, 0},
+        {TASK_ADD, "347+586", SAID("933") "<answer>933</answer>", 0, 0},
+        {TASK_ADD, "347+586", SAID("<answer>933</answer>"), 0, 0}, // in each other
+        {TASK_ADD, "347+586", SAID("<think></think>933"), 0, 0},
+        {TASK_ADD, "347+586", "<think><think></think></think><answer>933</answer>", 0, 0},
+        {TASK_ADD, "347+586", "<think><answer>933</answer></think><answer>933</answer>", 0, 0},
+        {TASK_ADD, "347+586", "<think><answer>933</answer></think>", 0, 0},
+        {TASK_ADD, "347+586", "<think></think>" SAID("933"), 0, 0},
+        {TASK_ADD, "347+586", "<answer>933</answer><think></think>", 0, 0}, // the wrong way round
+        {TASK_ADD, "347+586", "</think><think><answer>933</answer>", 0, 0},
+        {TASK_ADD, "347+586", "<answer>933</answer>", 0, 0}, // something missing
+        {TASK_ADD, "347+586", "<think></think>933", 0, 0},
+        {TASK_ADD, "347+586", "<think></think><answer>933", 0, 0},
+        {TASK_ADD, "347+586", "<think></think><answer>933</answer", 0, 0},
+        {TASK_ADD, "347+586", "<think></think>933</answer>", 0, 0},
+        {TASK_ADD, "347+586", "<think><answer>933</answer>", 0, 0},
+        {TASK_ADD, "347+586", "</think><answer>933</answer>", 0, 0},
+        {TASK_ADD, "347+586", " " SAID("933"), 0, 0}, // something around it
+        {TASK_ADD, "347+586", "933" SAID("933"), 0, 0},
+        {TASK_ADD, "347+586", SAID("933") "933", 0, 0},
+        {TASK_ADD, "347+586", SAID("933") " ", 0, 0},
+        {TASK_ADD, "347+586", SAID("933") "</answer>", 0, 0},
+        {TASK_ADD, "347+586", "<think></think> <answer>933</answer>", 0, 0},
+        {TASK_ADD, "347+586", "<think ></think><answer>933</answer>", 0, 0},
+        {TASK_ADD, "347+586", "<THINK></THINK><ANSWER>933</ANSWER>", 0, 0},
+        {TASK_ADD, "347+586", "<think>4<5</think><answer>933</answer>", 0, 0},
+        {TASK_ADD, "0+0", SAID("0"), 1, 1}, {TASK_ADD, "0+0", SAID("00"), 0, 1},
+        {TASK_ADD, "99999999+99999999", SAID("199999998"), 1, 1},
+        {TASK_MUL, "23*45", SAID("1035"), 1, 1}, {TASK_MUL, "23*45", SAID("68"), 0, 1},
+        {TASK_MUL, "23*45", SAID("23*45"), 0, 1}, {TASK_MUL, "0*7", SAID("0"), 1, 1},
+        {TASK_MUL, "9999*9999", SAID("99980001"), 1, 1},
+        {TASK_SORT, "5,31,8", SAID("5,8,31"), 1, 1}, {TASK_SORT, "5,31,8", SAID("31,8,5"), 0, 1},
+        {TASK_SORT, "5,31,8", SAID("5,31,8"), 0, 1}, {TASK_SORT, "5,31,8", SAID("5,8"), 0, 1},
+        {TASK_SORT, "5,31,8", SAID("31,5,8"), 0, 1}, // as texts are sorted
+        {TASK_SORT, "5,31,8", SAID("5,8,31,31"), 0, 1},
+        {TASK_SORT, "5,31,8", SAID("5,8,31,"), 0, 1}, {TASK_SORT, "5,31,8", SAID("5 8 31"), 0, 1},
+        {TASK_SORT, "5,31,8", SAID("5, 8,31"), 0, 1},
+        {TASK_SORT, "5,31,8", SAID("05,8,31"), 0, 1}, {TASK_SORT, "7,7,3", SAID("3,7,7"), 1, 1},
+        {TASK_SORT, "7,7,3", SAID("3,7"), 0, 1}, {TASK_SORT, "42", SAID("42"), 1, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(3+5)*8"), 1, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("8*(5+3)"), 1, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("((3)+(5))*(8)"), 1, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(((((((3+5)))))))*8"), 1, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("3+5*8"), 0, 1}, // is something else
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("64"), 0, 1}, // the target itself
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("8*8"), 0, 1}, // one twice
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(3+5)*(3+5)"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=8", SAID("8"), 0, 1}, // some missing
+        {TASK_COUNTDOWN, "3,5,8=8", SAID("3+5"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(3+5)*8*1"), 0, 1}, // one too many
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(3+5)*8+0"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(3+5)*8+8-8"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(3+5)*8=64"), 0, 1}, // something behind it
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(3+5)*8)"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(3+5)*8*"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(3+5)*8 "), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("((3+5)*8"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(3 + 5)*8"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(3+5)8"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("(3+05)*8"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("()"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("3,5,8=64"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("-(3+5)*(-8)"), 0, 1}, // signs
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("+(3+5)*8"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=64", SAID("8*(5--3)"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=0", SAID("8-5-3"), 1, 1}, // from the left
+        {TASK_COUNTDOWN, "3,5,8=6", SAID("8-5-3"), 0, 1},
+        {TASK_COUNTDOWN, "3,5,8=6", SAID("8-(5-3)"), 1, 1},
+        {TASK_COUNTDOWN, "2,4,8=1", SAID("8/4/2"), 1, 1},
+        {TASK_COUNTDOWN, "2,4,8=4", SAID("8/4*2"), 1, 1},
+        {TASK_COUNTDOWN, "2,3=8", SAID("2**3"), 0, 1}, {TASK_COUNTDOWN, "2,3=8", SAID("2^3"), 0, 1},
+        {TASK_COUNTDOWN, "1,2=12", SAID("12"), 0, 1}, // digits side by side
+        {TASK_COUNTDOWN, "1,2,3=15", SAID("12+3"), 0, 1},
+        {TASK_COUNTDOWN, "3,12=15", SAID("12+3"), 1, 1},
+        {TASK_COUNTDOWN, "4,4=8", SAID("4+4"), 1, 1}, {TASK_COUNTDOWN, "4,4=4", SAID("4"), 0, 1},
+        {TASK_COUNTDOWN, "3,3,8,8=24", SAID("8/(3-8/3)"), 1, 1}, // by way of fractions
+        {TASK_COUNTDOWN, "1,5,5,5=24", SAID("5*(5-1/5)"), 1, 1},
+        {TASK_COUNTDOWN, "3,3,8=8", SAID("8/3*3"), 1, 1},
+        {TASK_COUNTDOWN, "2,7=3", SAID("7/2"), 0, 1}, // not what C makes of it
+        {TASK_COUNTDOWN, "2,3,4,8=4", SAID("(2-3)*(4-8)"), 1, 1}, // and of numbers below 0
+        {TASK_COUNTDOWN, "2,3,5,9=4", SAID("9+5/(2-3)"), 1, 1},
+        {TASK_COUNTDOWN, "3,3,5=5", SAID("5+3-3"), 1, 1},
+        {TASK_COUNTDOWN, "3,3,5=5", SAID("5/(3-3)"), 0, 1}, // nothing is divided by 0
+        {TASK_COUNTDOWN, "3,3,5=0", SAID("5/(3-3)"), 0, 1},
+        {TASK_COUNTDOWN, "3,3,5=0", SAID("(3-3)/5"), 1, 1},
+        {TASK_COUNTDOWN, "2,2,3,3=0", SAID("(2-2)/(3-3)"), 0, 1},
+        {TASK_COUNTDOWN, "1,3,3,5=1", SAID("1/(5/(3-3))"), 0, 1},
+        {TASK_COUNTDOWN, "1,3,3,5=0", SAID("1/(5/(3-3))"), 0, 1},
+    };
+    Question q;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        REQUIRE(parse_question(&q, cases[i].task, cases[i].question), "%s", cases[i].question);
+        Reward r = judge(&q, cases[i].answer);
+        EXPECT(r.accuracy == cases[i].right && r.format == cases[i].formed,
+               "%s %s: accuracy %g, format %g", cases[i].question, cases[i].answer, r.accuracy,
+               r.format);
+    }
+    static char text[4 * LINE], many[2 * LINE + 1]; // what is longer than any line
+    memset(many, '(', 2 * LINE);
+    parse_question(&q, TASK_COUNTDOWN, "3,5=8");
+    snprintf(text, sizeof text, SAID("%.500s3+5"), many);
+    EXPECT(judge(&q, text).accuracy == 0 && judge(&q, text).format == 1, "500 parentheses");
+    snprintf(text, sizeof text, SAID("%s"), many);
+    EXPECT(judge(&q, text).accuracy == 0 && judge(&q, text).format == 0, "too long an answer");
+    snprintf(text, sizeof text, "<think>%s</think><answer>3+5</answer>", many);
+    EXPECT(judge(&q, text).accuracy == 1 && judge(&q, text).format == 1, "long thoughts");
+    snprintf(remark, sizeof remark, "%zu answers", sizeof cases / sizeof *cases + 3);
+}
+
+// A prompt is "\nquestion\t"; an answer is what follows up to its end, and no text without one.
+static void test_rollout_answer(void)
+{
+    static const struct {
+        const char *answer;
+        size_t length;  // of it, END not counted
+        int ended;
+        const char *expected;
+    } cases[] = {
+        {"12", 2, 1, "12"}, {"12", 2, 0, ""}, {"", 0, 1, ""}, {"1", 1, 0, ""},
+        {"1\0" "2", 3, 1, ""}, {"\0" "12", 3, 1, ""}, {"12\0", 3, 1, ""}, {"1\t2", 3, 1, "1\t2"},
+        {"\xC3\xA9", 2, 1, "\xC3\xA9"},
+    };
+    enum { MOST = LINE + 20 };
+    static char answer[LINE];
+    Line question = {0, ""};
+    put(&question, "3+4");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases + 2; i++) {
+        Rollout r = rollout_make(2, MOST);
+        int is_long = i >= sizeof cases / sizeof *cases;
+        size_t length = is_long ? LINE - i % 2 : cases[i].length, n = 0;
+        rollout_ask(&r, 1, &question);
+        for (size_t t = 0; t < 5; t++)
+            EXPECT(r.text[MOST + t] == "\n3+4\t"[t], "token %zu of the prompt is %d", t,
+                   r.text[MOST + t]);
+        EXPECT(r.prompt[1] == 5 && r.length[1] == 5, "the prompt has %zu tokens", r.prompt[1]);
+        for (size_t t = 0; t < length; t++)
+            r.text[MOST + 5 + t] = is_long ? 'x' : (unsigned char)cases[i].answer[t];
+        r.length[1] = 5 + length;
+        if (is_long || cases[i].ended) r.text[MOST + r.length[1]++] = END;
+        if (i == 0) { // where the vocabulary is larger: no byte, and no part of a text
+            r.text[MOST + 5] += 256;
+            rollout_answer(answer, &r, 1);
+            EXPECT(!*answer, "a token of 256 and more became '%s'", answer);
+            r.text[MOST + 5] -= 256;
+        }
+        memset(answer, 'y', sizeof answer);
+        rollout_answer(answer, &r, 1);
+        while (is_long && n < LINE && answer[n] == 'x') n++;
+        if (is_long) {
+            EXPECT(n == (length < LINE ? length : 0) && !answer[n], "%zu of %zu", n, length);
+        } else {
+            EXPECT(!strcmp(answer, cases[i].expected), "case %zu: '%s'", i, answer);
+        }
+        rollout_free(&r);
+    }
+}
+
 // ------------------------------------------------------------------------------------------------
 // Running the program
 
@@ -1898,7 +2605,7 @@ enum { CANNOT_OBEY = 98 };  // exit status where that cannot be had
 static pid_t start_moe(const char *const *args)
 {
     const char *program = getenv("MOE") ? getenv("MOE") : "./moe";
-    char *out = in_directory("stdout"), *err = in_directory("stderr"), *argv[40] = {(char *)"moe"};
+    char *out = in_directory("stdout"), *err = in_directory("stderr"), *argv[60] = {(char *)"moe"};
     for (size_t i = 0; args[i]; i++) argv[i + 1] = (char *)args[i];
     remove(out);
     fflush(stdout);
@@ -2582,7 +3289,7 @@ static void test_text_loss(void)
             acts_free(&a);
         }
         EXPECT(counted == n - 1, "the test counted %zu of %zu", counted, n - 1);
-        near(text_loss(&m, text.bytes, n, T), sum / (double)(n - 1), 2e-6, label("n %zu", n));
+        near(text_loss(&m, text.bytes, n, T, 0), sum / (double)(n - 1), 2e-6, label("n %zu", n));
     }
     free(text.bytes);
     model_free(&m);
@@ -3218,6 +3925,265 @@ static void test_bench(void)
     REFUSED("--batch must be at least 1 and --seq 8", "bench", "--batch", "0");
     REFUSED("unknown option --data", "bench", "--data", "x");
 }
+
+// ------------------------------------------------------------------------------------------------
+// moe rl and moe task
+
+// A model that writes letters a to e and ends after a few of them; V of its tokens are known to it.
+static char *babbling_model(const char *name, size_t V)
+{
+    Config c = trainable_config();
+    c.V = V, c.C = 8, c.Tmax = 64, c.init_std = 0.1;
+    Model m = random_model(&c, 0, 91);
+    for (size_t v = 0; v < V; v++) { // the first number of what the head sees is large: a bias
+        m.w.embed[v * c.C] = 2;
+        m.w.lm_head[v * c.C] = v == END || (v >= 'a' && v <= 'e') ? 1 : -2;
+    }
+    char *path = in_directory(name);
+    model_save(&m, path);
+    model_free(&m);
+    return path;
+}
+
+// Options of a run that takes milliseconds a step.
+#define RL(...) ARGS("rl", "--questions", "2", "--group", "4", "--max-tokens", "12", \
+                     "--max-prompt", "16", "--test", "4", "--test-every", "2", "--lr", "0.02", \
+                     "--threads", "1", __VA_ARGS__)
+
+// Programs that ask without end, and that find right what begins with an a.
+static const char *const asks = "while echo \"Say a$i\"; do i=$((i+1)); done 2>/dev/null";
+static const char *const judges =
+    "while IFS= read -r l; do case $l in *\"\t\"a*) echo 1;; *) echo 0;; esac; done";
+
+// Reads a column of log.csv, which must have `rows` whole rows; returns the mean of rows from ..
+// to - 1.
+static double logged(const char *run, size_t column, size_t rows, size_t from, size_t to)
+{
+    size_t n, row = 0;
+    double sum = 0;
+    char *text = file_text(in_path(run, "log.csv"), &n), *end, *next;
+    static const char head[] = "step,reward,accuracy,format,length,entropy,kl,clipped,flat,"
+        "grad_norm,test_accuracy,seconds,rollout_tokens_per_s,update_tokens_per_s\n";
+    EXPECT(!strncmp(text, head, sizeof head - 1), "log.csv begins '%.150s'", text);
+    for (text = strchr(text, '\n') + 1; (next = strchr(text, '\n')); text = next + 1, row++) {
+        size_t commas = 0;
+        for (char *s = text; s < next; s++) commas += *s == ',';
+        EXPECT(strtod(text, &end) == (double)(row + 1) && *end == ',' && commas == 13,
+               "log.csv: '%.*s'", (int)(next - text), text);
+        for (size_t i = 0; i < column; i++) text = strchr(text, ',') + 1;
+        if (row >= from && row < to) sum += strtod(text, NULL) / (double)(to - from);
+    }
+    EXPECT(row == rows && !*text, "log.csv has %zu rows, not %zu", row, rows);
+    return sum;
+}
+
+// What is rewarded is done more: from the first steps to the last answers get better.
+static void test_rl(void)
+{
+    enum { STEPS = 40 };
+    char *model = babbling_model("rl-base", 128), *out = in_directory("rl");
+    Ran r = expect_success(RL("--model", model, "--out", out, "--steps", "40", "--task-cmd", asks,
+                              "--verify-cmd", judges, "--questions", "4"));
+    REQUIRE(r.status == 0, "no run to look at");
+    double first = logged(out, 2, STEPS, 0, 5), last = logged(out, 2, STEPS, STEPS - 5, STEPS);
+    EXPECT(first < 0.5 && last > 0.8, "accuracy went from %.2f to %.2f", first, last);
+    EXPECT(logged(out, 10, STEPS, STEPS - 1, STEPS) == 1, "the last test's accuracy is %.2f",
+           logged(out, 10, STEPS, STEPS - 1, STEPS));
+    double length = logged(out, 4, STEPS, 5, 6), entropy = logged(out, 5, STEPS, 0, STEPS);
+    EXPECT(length <= 12 && entropy < log(128), "length %g, entropy %g", length, entropy);
+    Model m = model_load(out, 0); // and sample takes it
+    model_free(&m);
+    snprintf(remark, sizeof remark, "accuracy %.2f, then %.2f", first, last);
+}
+
+// A run stopped and resumed ends as one that was not, to the last bit, the reference with it.
+static void test_rl_resume(void)
+{
+    char *model = babbling_model("rl-resume-base", 128);
+    const char *ask = "while echo question; do :; done 2>/dev/null"; // the same again when resumed
+    for (int variant = 0; variant < 2; variant++) {
+        char *out[2];
+        for (int stopped = 0; stopped < 2; stopped++) {
+            out[stopped] = in_directory(label("rl-%d-%d", variant, stopped));
+            expect_success(RL("--model", model, "--out", out[stopped], "--steps", "7", "--kl",
+                              "0.01", "--ref-every", "3", "--save-every", "2",
+                              "--optimizer", variant ? "muon" : "adamw", "--minibatches", "2",
+                              "--epochs", "2", "--size", "2-4", "--task", "sort", "--stop-after",
+                              stopped ? "5" : "0", variant ? NULL : "--test", "0", "--task-cmd",
+                              ask, "--verify-cmd", judges));
+        }
+        EXPECT(saved_step(out[1]) == 5, "saved step %zu, not 5", saved_step(out[1]));
+        expect_success(ARGS("rl", "--resume", out[1], "--threads", "1"));
+        for (size_t i = 0; i < 2; i++) {
+            size_t n[2];
+            const char *x = file_text(in_path(out[0], run_files[i]), &n[0]);
+            const char *y = file_text(in_path(out[1], run_files[i]), &n[1]);
+            EXPECT(n[0] == n[1] && !memcmp(x, y, n[0]), "%s differs", run_files[i]);
+        }
+        for (size_t column = 1; column < 11; column++)
+            EXPECT(logged(out[0], column, 7, 0, 7) == logged(out[1], column, 7, 0, 7),
+                   "column %zu of log.csv differs", column);
+        EXPECT(variant || (logged(out[0], 6, 7, 0, 3) > 0 && logged(out[0], 9, 7, 0, 7) > 0),
+               "there is no divergence or no gradient");
+    }
+    char *run = in_directory("rl-0-0"), *train = tiny_run("rl-train", "1");
+    expect_error(2, "another command", ARGS("train", "--resume", run));
+    expect_error(2, "another command", ARGS("rl", "--resume", train));
+    expect_error(2, "larger --steps", ARGS("rl", "--resume", run));
+}
+
+static void test_rl_options(void)
+{
+    char *model = babbling_model("rl-options", 128), *small = babbling_model("rl-small", 127);
+    char *out = in_directory("rl-refused");
+#define RL_REFUSED(says, ...) expect_error(2, says, RL("--model", model, "--out", out, __VA_ARGS__))
+    REFUSED("--model", "rl");
+    REFUSED("vocabulary of 127", "rl", "--model", small, "--out", out);
+    RL_REFUSED("--group", "--group", "1");
+    RL_REFUSED("--group", "--group", "0");
+    RL_REFUSED("--questions", "--questions", "0");
+    RL_REFUSED("--steps", "--steps", "0");
+    RL_REFUSED("--max-tokens", "--max-tokens", "0");
+    RL_REFUSED("--max-tokens", "--max-tokens", "49", "--max-prompt", "16");
+    RL_REFUSED("--temperature", "--temperature", "0");
+    RL_REFUSED("--minibatches", "--minibatches", "0");
+    RL_REFUSED("--minibatches", "--minibatches", "9");
+    RL_REFUSED("--epochs", "--epochs", "0");
+    RL_REFUSED("--optimizer", "--optimizer", "sgd");
+    RL_REFUSED("--kl", "--kl", "-1");
+    RL_REFUSED("nosuch", "--task", "nosuch");
+    RL_REFUSED("--verify-cmd", "--task-cmd", "yes");
+    RL_REFUSED("--task-cmd", "--verify-cmd", "cat");
+    RL_REFUSED("--speculate", "--speculate");
+    static const char *const bad[] = {"0", "9", "4-2", "x", "3-", "-3", "3x", "2-9", "1 2", ""};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        RL_REFUSED("--size", "--size", bad[i]);
+        REFUSED("--size", "task", "--size", bad[i]);
+    }
+    RL_REFUSED("--size", "--task", "mul", "--size", "5");
+    RL_REFUSED("--size", "--task", "countdown", "--size", "1");
+    REFUSED("nosuch", "task", "--task", "nosuch");
+    REFUSED("--task-cmd", "task", "--task-cmd", "yes");
+    EXPECT(access(out, F_OK), "something was made where nothing should be");
+    expect_error(2, "larger --max-prompt", RL("--model", model, "--out", out, "--max-prompt", "1",
+                                              "--max-tokens", "1"));
+}
+
+// A run whose programs end or say what they should not, after `steps` steps: one line says so, what
+// was done is saved, and goes on with others in their place.
+static void check_rl_ends(const char *model, const char *name, size_t steps, const char *task,
+                          const char *verify, const char *says)
+{
+    char *out = in_directory(name);
+    expect_error(1, says, RL("--model", model, "--out", out, "--task-cmd", task, "--verify-cmd",
+                             verify, "--test", "0"));
+    int saved = !access(in_path(out, run_files[0]), F_OK);
+    EXPECT(saved == (steps > 0), "%s: saved %d", name, saved);
+    if (!saved || !steps) return;
+    EXPECT(saved_step(out) == steps, "%s: saved step %zu, not %zu", name, saved_step(out), steps);
+    expect_success(ARGS("rl", "--resume", out, "--task-cmd", asks, "--verify-cmd", judges,
+                        "--stop-after", label("%zu", steps + 2)));
+    EXPECT(saved_step(out) == steps + 2, "%s: went on to step %zu", name, saved_step(out));
+    logged(out, 0, steps + 2, 0, 1);
+}
+
+#define UP_TO(n, what) "i=0; while [ $i -lt " #n " ]; do i=$((i+1)); " what "; done"
+
+static void test_rl_programs(void)
+{
+    char *model = babbling_model("rl-programs", 128);
+    const char *ones = "while read -r l; do echo 1; done", *question = "--task-cmd";
+    const char *answer = "--verify-cmd", *go_on = "moe rl --resume";
+    check_rl_ends(model, "asks-nothing", 0, "true", ones, question);
+    check_rl_ends(model, "asks-not", 0, "/nonexistent 2>/dev/null", ones, question);
+    check_rl_ends(model, "asks-a-little", 4, UP_TO(11, "echo \"q$i\""), ones, question);
+    check_rl_ends(model, "asks-to-go-on", 4, UP_TO(11, "echo \"q$i\""), ones, go_on);
+    check_rl_ends(model, "asks-a-tab", 0, "printf 'a\\tb\\n'", ones, question);
+    check_rl_ends(model, "asks-too-much", 0, "printf '%3000d\\n' 7", ones, question);
+    check_rl_ends(model, "asks-no-end", 0, "printf abc", ones, question);
+    check_rl_ends(model, "says-nothing", 0, asks, "true", answer);
+    check_rl_ends(model, "says-so-much", 2, asks, UP_TO(20, "read -r l; echo 1"), answer);
+    check_rl_ends(model, "says-more", 2, asks, UP_TO(20, "read -r l; echo 1"), go_on);
+    static const char *const nonsense[] = {"nonsense", "", "nan", "inf", "1 2", "1x", "1e999"};
+    for (size_t i = 0; i < sizeof nonsense / sizeof *nonsense; i++)
+        check_rl_ends(model, label("says-%zu", i), i == 1, asks,
+                      label("%s; while read -r l; do echo '%s'; done",
+                            i == 1 ? UP_TO(8, "read -r l; echo -0.5e1") : ":", nonsense[i]),
+                      answer);
+}
+
+// Waits a second for the program to end; ends it if it does not. Returns whether it did.
+static int ends(pid_t child)
+{
+    siginfo_t info;
+    for (int i = 0; i < 100; i++, sleep_for(0.01)) {
+        info.si_pid = 0;
+        if (waitid(P_PID, (id_t)child, &info, WEXITED | WNOHANG | WNOWAIT) || info.si_pid) return 1;
+    }
+    kill(child, SIGKILL);
+    return 0;
+}
+
+// What asks and what judges end with the run, and a question that is always the same, so that none
+// is for testing, is not waited for without end.
+static void test_rl_programs_end(void)
+{
+    char *model = babbling_model("rl-ends", 128), *out = in_directory("rl-ends-out");
+    char *pid = in_directory("pid");
+    const char *ones = "while read -r l; do echo 1; done";
+    size_t n;
+    pid_t asking;
+    expect_success(RL("--model", model, "--out", out, "--steps", "1", "--test", "0", "--verify-cmd",
+                      ones, "--task-cmd", label("echo $$ >%s; while :; do echo question; done "
+                                                "2>/dev/null", pid)));
+    asking = (pid_t)atol(file_text(pid, &n));
+    sleep_for(0.1);
+    EXPECT(asking > 1 && kill(asking, 0), "--task-cmd goes on when the run has ended");
+    if (asking > 1) kill(asking, SIGKILL);
+    pid_t child = start_moe(RL("--model", model, "--out", out, "--steps", "1", "--verify-cmd", ones,
+                               "--task-cmd", "while echo question; do :; done 2>/dev/null"));
+    EXPECT(ends(child), "one question without end is waited for");
+    end_moe(child);
+}
+
+// moe task writes questions to train on, with answers as good as asked for.
+static void test_task(void)
+{
+    static const char *const size[TASKS] = {"1-8", "1-4", "2-6", "1-8"};
+    for (int task = 0; task < TASKS; task++) {
+        char *texts[4];
+        for (int i = 0; i < 4; i++) { // the default; again; with another seed; all right
+            Ran r = expect_success(ARGS("task", "--task", task_names[task], "--size", size[task],
+                                        "--lines", "200", "--seed", i == 2 ? "2" : "1",
+                                        i == 3 ? "--worked" : NULL, "0.5", "--right", "1",
+                                        "--slips", "0"));
+            size_t lines = 0, right = 0, thought = 0;
+            char *end;
+            texts[i] = (char *)room(strlen(r.out) + 1, 1);
+            strcpy(texts[i], r.out);
+            for (char *line = r.out; (end = strchr(line, '\n')); line = end + 1, lines++) {
+                char *answer = strchr(line, '\t');
+                Question q;
+                *end = 0;
+                REQUIRE(answer && answer < end, "'%s' has no tab", line);
+                *answer++ = 0;
+                REQUIRE(parse_question(&q, task, line) && !is_for_testing(&q), "asks '%s'", line);
+                Reward reward = judge(&q, answer);
+                EXPECT(reward.format == 1 && (i < 3 || reward.accuracy == 1), "%s: '%s'", line,
+                       answer);
+                right += reward.accuracy == 1;
+                thought += !strstr(answer, "<think></think>");
+            }
+            EXPECT(lines == 200, "%zu lines", lines);
+            EXPECT(i == 3 || (right > 50 && right < 150), "%s: %zu of 200 are right",
+                   task_names[task], right);
+            EXPECT(i == 3 ? thought > 70 && thought < 130 : thought > 25 && thought < 75,
+                   "%s: %zu of 200 think", task_names[task], thought);
+        }
+        EXPECT(!strcmp(texts[0], texts[1]) && strcmp(texts[0], texts[2]), "%s: not by the seed",
+               task_names[task]);
+    }
+}
 #endif // not MOE_DOUBLE
 
 // ------------------------------------------------------------------------------------------------
@@ -3250,14 +4216,21 @@ static const Test tests[] = {
     TEST(newton_schulz) TEST(adamw) TEST(muon)
 #endif
     BOTH(latent_attention) BOTH(decode) BOTH(window) BOTH(generate)
+#ifdef MOE_DOUBLE
+    TEST(group_advantages) TEST(grpo_loss) TEST(grpo_gradient)
+#endif
+    BOTH(rollout_logp)
 #ifndef MOE_DOUBLE
+    TEST(rollout_draw) TEST(questions) TEST(questions_for_testing) TEST(solutions) TEST(judge)
+    TEST(rollout_answer)
     TEST(generate_trained) TEST(sample_token) TEST(json) TEST(save_load) TEST(load_dtypes_shards)
     TEST(load_fp8) TEST(damaged_weights) TEST(damaged_config) TEST(rope_parameters)
     TEST(sizes_beyond_int) TEST(window_start) TEST(schedule) TEST(text_loss)
     TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump)
     TEST(resume_is_exact) TEST(killed_while_saving) TEST(disk_full) TEST(read_only_directory)
     TEST(signals) TEST(not_finite) TEST(memory_refused) TEST(plan) TEST(plan_options)
-    TEST(bench)
+    TEST(bench) TEST(rl) TEST(rl_resume) TEST(rl_options) TEST(rl_programs)
+    TEST(rl_programs_end) TEST(task)
 #endif
 };
 
