@@ -2698,6 +2698,7 @@ static Generation generate(Decoder *s, const Sampler *sampler, int *text, size_t
 // Texts that begin with a prompt and go on as the policy draws them.
 typedef struct {
     size_t n, most;          // texts, tokens that one may have
+    size_t longest;          // tokens that an answer may have
     int *text;               // [n, most]
     size_t *prompt, *length; // [n] tokens of the prompt, and of all
     accum *logp;             // [n, most] log-probability of each token drawn, 0 in the prompt
@@ -2705,9 +2706,9 @@ typedef struct {
     size_t drawn;            // tokens
 } Rollout;
 
-static Rollout rollout_make(size_t n, size_t most)
+static Rollout rollout_make(size_t n, size_t most, size_t longest)
 {
-    Rollout r = {n, most, NULL, NULL, NULL, NULL, 0, 0};
+    Rollout r = {n, most, longest, NULL, NULL, NULL, NULL, 0, 0};
     r.text = (int *)host_alloc(size_mul(n, most), sizeof(int));
     r.logp = (accum *)host_alloc(size_mul(n, most), sizeof(accum));
     r.prompt = (size_t *)host_alloc(2 * n, sizeof(size_t));
@@ -2722,7 +2723,7 @@ static void rollout_free(Rollout *r)
     free(r->prompt);
 }
 
-// Draws all answers side by side, a token a call, each until it ends in `end` or is `most` long; an
+// Draws all answers side by side, a token a call, each until it draws `end` or is `longest` long; an
 // answer that has ended leaves the batch. Text i draws from the sampler's stream + i.
 static void rollout_draw(Rollout *r, Decoder *s, const Sampler *sampler, int end)
 {
@@ -2753,9 +2754,9 @@ static void rollout_draw(Rollout *r, Decoder *s, const Sampler *sampler, int end
         }
         size_t kept = 0;
         for (size_t k = 0; k < running; k++) {
-            size_t i = (size_t)slot[k], length = r->length[i];
-            int ended = length > r->prompt[i] &&
-                        (length == most || r->text[i * most + length - 1] == end);
+            size_t i = (size_t)slot[k], length = r->length[i], answer = length - r->prompt[i];
+            int ended = answer && (answer == r->longest || length == most ||
+                                   r->text[i * most + length - 1] == end);
             if (!ended) slot[kept++] = slot[k];
         }
         running = kept;
@@ -4794,7 +4795,8 @@ static Source source_open(const Options *o)
     return s;
 }
 
-// Puts the i-th question for training or testing into a line; 0 if there is none.
+// Puts the i-th question for training or testing into a line; 0 if there is none. An eighth of a
+// program's questions, by their hash, is for testing.
 static int source_question(Source *s, Line *line, int testing, uint64_t i)
 {
     line->length = 0;
@@ -4806,8 +4808,9 @@ static int source_question(Source *s, Line *line, int testing, uint64_t i)
         return 1;
     }
     uint64_t hash;
+    int tries = 0;
     do {
-        if (!fgets(line->text, LINE, s->questions)) return 0;
+        if (tries++ == 10000 || !fgets(line->text, LINE, s->questions)) return 0;
         line->length = strcspn(line->text, "\n");
         if (!line->text[line->length] || memchr(line->text, '\t', line->length)) return 0;
         line->text[line->length] = 0;
@@ -4870,13 +4873,19 @@ typedef struct {
     double seconds;     // of drawing
 } Exam;
 
-static Exam exam_make(const Model *m, Source *source, size_t n, size_t most)
+static Exam exam_make(const Model *m, Source *source, const Options *o, size_t n)
 {
+    size_t most = o->max_prompt + o->max_tokens;
+    NEED(most <= m->config.Tmax, "--max-prompt and --max-tokens are %zu together; the model's "
+         "max_position_embeddings is %zu", most, m->config.Tmax);
+    NEED(m->config.V > 127, "%s: a vocabulary of %zu; tasks are written in bytes", o->model,
+         m->config.V);
+    NEED(o->max_tokens, "--max-tokens must be at least 1");
     Exam e;
     memset(&e, 0, sizeof e);
     e.source = source;
     e.decoder = decoder_make(m, n, most, 1, n, most);
-    e.roll = rollout_make(n, most);
+    e.roll = rollout_make(n, most, o->max_tokens);
     e.question = (Line *)host_alloc(n, sizeof(Line));
     e.reward = (Reward *)host_alloc(n, sizeof(Reward));
     return e;
@@ -4901,8 +4910,8 @@ static const char *exam_sit(Exam *e, const Sampler *sampler, int testing, size_t
     for (size_t i = 0; i < r->n; i++) {
         Line *q = &e->question[i / group];
         if (i % group == 0 && !source_question(e->source, q, testing, first + i / group))
-            return "--task-cmd ended or wrote a tab or a line that is too long; it must write "
-                   "questions, a line each, without end";
+            return "--task-cmd ended, wrote a tab or a line that is too long, or the same few "
+                   "questions only; it must write questions, a line each, without end";
         rollout_ask(r, i, q);
     }
     double start = now();
@@ -5176,11 +5185,8 @@ static int command_rl(const Options *given)
     const Config *c = &config;
     Source source = source_open(o);
     size_t n = size_mul(o->questions, o->group), most = o->max_prompt + o->max_tokens;
-    NEED(c->V > 127, "%s: a vocabulary of %zu; tasks are written in bytes", o->model, c->V);
-    NEED(most <= c->Tmax, "--max-prompt and --max-tokens are %zu together; the model's "
-         "max_position_embeddings is %zu", most, c->Tmax);
-    NEED(n && o->group > 1 && o->steps && o->max_tokens, "--questions, --steps and --max-tokens "
-         "must be at least 1, --group 2");
+    NEED(n && o->group > 1 && o->steps,
+         "--questions and --steps must be at least 1, --group 2");
     NEED(o->minibatches && o->minibatches <= n && o->epochs,
          "--minibatches and --epochs must be at least 1, --minibatches at most %zu, the answers of "
          "a step", n);
@@ -5197,7 +5203,7 @@ static int command_rl(const Options *given)
     Decoder plan = decoder_plan(&m, n, most, 1, n, most);
     const char *memory = memory_plan(c, !o->collect, B, most - 1, plan.arena.used);
     decoder_free(&plan);
-    Exam e = exam_make(&m, &source, n, most);
+    Exam e = exam_make(&m, &source, o, n);
     if (o->collect) return rl_collect(&e, o);
     prepare_directory(o, c);
     Optimizer opt = optimizer_make(&m);
@@ -5854,19 +5860,15 @@ static int sample_answer(const Options *given)
     static char answer[LINE];
     o->task = o->sample_task, o->task_cmd = o->verify_cmd = "";
     Source source = source_open(o);
-    size_t most = o->max_prompt + o->max_tokens;
-    Config c = directory_config(o->model);
     Question q;
     Reward reward;
-    Sampler sampler = {o->temperature, (int)min_size(o->top_k, c.V), o->top_p, o->seed, 0};
-    NEED(most <= c.Tmax, "--max-prompt and --max-tokens are %zu together; the model's "
-         "max_position_embeddings is %zu", most, c.Tmax);
+    Sampler sampler = {o->temperature, (int)min_size(o->top_k, 256), o->top_p, o->seed, 0};
     NEED(parse_question(&q, source.task, o->prompt),
          "--prompt '%s' is no question of the task %s, such as %s", o->prompt, o->task,
          source.task == TASK_ADD ? "347+586" : source.task == TASK_MUL ? "23*45" :
          source.task == TASK_SORT ? "5,31,8" : "3,5,8=64");
     Model m = model_load(o->model, 0);
-    Exam e = exam_make(&m, &source, 1, most);
+    Exam e = exam_make(&m, &source, o, 1);
     Line *line = &e.question[0];
     put(line, "%s", o->prompt);
     rollout_ask(&e.roll, 0, line);
@@ -5919,13 +5921,10 @@ static int eval_task(const Options *given)
     static char one[LINE], other[LINE];
     o->task = o->test_task, o->task_cmd = o->verify_cmd = "";
     Source source = source_open(o);
-    size_t most = o->max_prompt + o->max_tokens, votes = o->votes, length = 0;
-    Config c = directory_config(o->model);
-    NEED(most <= c.Tmax, "--max-prompt and --max-tokens are %zu together; the model's "
-         "max_position_embeddings is %zu", most, c.Tmax);
+    size_t votes = o->votes, length = 0;
     NEED(o->test && votes && votes <= 512, "--test must be at least 1, --votes 1 to 512");
     Model m = model_load(o->model, 0);
-    Exam e = exam_make(&m, &source, 512, most);
+    Exam e = exam_make(&m, &source, o, 512);
     const char *error = NULL;
     double greedy = test_accuracy(&e, o->test, &error), drawn = 0, majority = 0, format = 0;
     for (size_t at = 0, k; at < o->test; at += k) {
