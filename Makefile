@@ -1,6 +1,7 @@
 # make            builds ./moe
 # make run        trains a model on Shakespeare and lets it write (about 100 s on two cores)
 # make best       the same for five minutes
+# make r1         a model that answers badly teaches itself to think (about ten minutes; SEED=2)
 # make test       builds and runs every test (under two minutes on two cores)
 # make gpu        builds ./moe_gpu, for the GPU of this machine or for GPU_ARCH=sm_90
 # make emu        builds ./moe_emu: moe.cu by the C++ compiler, its kernels run on the CPU
@@ -33,6 +34,20 @@ run best: moe
 	@said=$$(sh tinyshakespeare/fetch.sh 2>&1) || said="$$said; training on $(EXCERPT) instead"; \
 	    test -z "$$said" || echo "$$said"
 	./moe train $(TRAIN) --data $$(test -f $(DATA) && echo $(DATA) || echo $(EXCERPT))
+
+# From random weights: a text of mixed quality to learn from, then rewards alone.
+SEED = 1
+r1: R1 = out/r1-$(SEED)
+r1: moe
+	@mkdir -p $(R1)
+	./moe task --task add --worked 0.25 --right 0.2 --seed $(SEED) > $(R1)/base.txt
+	./moe train --data $(R1)/base.txt --config laptop-r1 --seq 128 --steps 1000 --val-every 0 \
+	    --tokens 0 --seed $(SEED) --out $(R1)/base
+	./moe eval --task add --model $(R1)/base
+	./moe rl --task add --model $(R1)/base --seed $(SEED) --out $(R1)/add
+	./moe eval --task add --model $(R1)/add
+	@for model in base add; do printf '\n%s: 347+586\n' $$model; \
+	    ./moe sample --task add --prompt 347+586 --model $(R1)/$$model 2>/dev/null; done
 
 # The tests exist twice in one program: in float, as moe is, and in double, for gradients.
 test_moe: build/test_float.o build/test_double.o
@@ -97,4 +112,4 @@ scaling: moe
 clean:
 	rm -rf build moe test_moe moe_gpu moe_emu
 
-.PHONY: run best test gpu emu verify scaling clean
+.PHONY: run best r1 test gpu emu verify scaling clean
