@@ -4117,8 +4117,6 @@ enum {
     X(RL_RUN, Text, rl_optimizer, "optimizer", "adamw", "NAME", "adamw or muon") \
     X(RL_RUN, Number, rl_lr, "lr", "0.0002", "X", "learning rate; R1: 3e-6") \
     X(RL_RUN, Number, rl_adam_lr, "adam-lr", "0.0002", "X", "beside muon, AdamW's learning rate") \
-    X(RL_RUN, Number, rl_min_lr, "min-lr", "0.1", "X", \
-      "share of it that the second half of the steps falls to; R1: 1") \
     X(RL_RUN | EVAL, Count, test, "test", "1000", "N", "questions of a test") \
     X(RL_RUN, Count, test_every, "test-every", "10", "N", "steps between tests; 0: at the end") \
     X(EVAL, Count, votes, "votes", "16", "N", "answers to each test question that vote") \
@@ -5183,7 +5181,6 @@ static int command_rl(const Options *given)
 {
     Options own = *given, *o = &own;
     o->steps = o->rl_steps, o->lr = o->rl_lr, o->save_every = o->rl_save_every;
-    o->warmup = 0, o->hold = 0.5, o->min_lr = o->rl_min_lr;
     Config config = directory_config(o->model);
     const Config *c = &config;
     Source source = source_open(o);
@@ -5219,6 +5216,7 @@ static int command_rl(const Options *given)
     Acts a = acts_make(c, B, most - 1, 1);
     a.temperature = o->rl_temperature;
     a.alpha = a.mtp_weight = 0; // rewards alone; and the routers' biases stay as they are
+    Recipe recipe = recipe_make(o, muon, o->lr, muon ? o->rl_adam_lr : o->lr, 0);
     const char *error = NULL;
     catch_signals();
     printf("memory: %s\n%zu questions x %zu answers a step, up to %zu tokens each, %d threads\n",
@@ -5232,9 +5230,6 @@ static int command_rl(const Options *given)
         Sampler sampler = {o->rl_temperature, 0, 1, o->seed, (r.step + 1) * n};
         error = exam_sit(&e, &sampler, 0, r.step * o->questions, o->questions, o->group);
         if (error) break;
-        double share = schedule(o, r.step);
-        Recipe recipe = recipe_make(o, muon, o->lr * share,
-                                    (muon ? o->rl_adam_lr : o->lr) * share, 0);
         RlStep s = rl_update(&e, o, &m, with_ref ? &ref : NULL, &a, B * (most - 1), &opt, &recipe,
                              r.step);
         double drawn = (double)s.tokens / e.seconds, learnt = (double)s.tokens / s.update_seconds;
