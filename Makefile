@@ -47,7 +47,8 @@ r1: moe
 	./moe rl --task add --model $(R1)/base --seed $(SEED) --out $(R1)/add
 	./moe eval --task add --model $(R1)/add
 	@for model in base add; do printf '\n%s: 347+586\n' $$model; \
-	    ./moe sample --task add --prompt 347+586 --model $(R1)/$$model 2>/dev/null; done
+	    ./moe sample --task add --prompt 347+586 --temperature 0 \
+	        --model $(R1)/$$model 2>/dev/null; done
 
 # The tests exist twice in one program: in float, as moe is, and in double, for gradients.
 test_moe: build/test_float.o build/test_double.o

@@ -2723,8 +2723,8 @@ static void rollout_free(Rollout *r)
     free(r->prompt);
 }
 
-// Draws all answers side by side, a token a call, each until it draws `end` or is `longest` long; an
-// answer that has ended leaves the batch. Text i draws from the sampler's stream + i.
+// Draws all answers side by side, a token a call, each until it draws `end` or is `longest` long;
+// what has ended leaves the batch. Text i draws from the sampler's stream + i.
 static void rollout_draw(Rollout *r, Decoder *s, const Sampler *sampler, int end)
 {
     size_t V = s->m->config.V, running = r->n, most = r->most;
@@ -3073,43 +3073,22 @@ static void work_sort(Line *line, Question *q, Random *r, double slips)
     }
 }
 
-// Countdown by trying, a few times; whether the last try is right is said beforehand.
-//     3+5=8 8+8=16, 3*5=15 15-8=7, 3+5=8 8*8=64
-static void work_countdown(Line *line, const Question *q, Random *r, long tries, int solved,
+// Countdown by trying until one way is right, at the latest the 24th, or until patience ends, with
+// some chance after each. The answer is the last.    3+5=8 8+8=16, 3*5=15 15-8=7, 3+5=8 8*8=64
+static void work_countdown(Line *line, const Question *q, Random *r, double gives_up,
                            char expression[LINE])
 {
-    for (long i = 1; i <= tries; i++) {
+    enum { TRIES = 24 };
+    long value;
+    int tries = 0;
+    do {
         Line steps;
-        long value;
         do {
             steps.length = 0;
             value = try_expression(q, r, &steps, expression);
-        } while ((value == q->target) != (i == tries && solved));
-        put(line, i > 1 ? ", %s" : "%s", steps.text);
-    }
-}
-
-// Adds an answer of the given quality to a line.
-static void put_solution(Line *line, const Question *question, Random *r, const Quality *quality)
-{
-    Question q = *question;
-    Line thoughts = {0, ""};
-    char expression[LINE];
-    int worked = chance(r, quality->worked), wrong = !worked && !chance(r, quality->right);
-    double slips = worked ? quality->slips : 0;
-    long x = 0;
-    switch (q.task) {
-    case TASK_ADD: x = work_add(&thoughts, &q, r, slips); break;
-    case TASK_MUL: x = work_mul(&thoughts, &q, r, slips); break;
-    case TASK_SORT: work_sort(&thoughts, &q, r, slips + wrong); break;
-    default: work_countdown(&thoughts, &q, r, worked ? 1 + pick(r, 4) : 1,
-                            worked ? !chance(r, slips) : !wrong, expression);
-    }
-    put(line, "<think>%s</think><answer>", worked ? thoughts.text : "");
-    if (q.task == TASK_SORT) put_numbers(line, &q);
-    else if (q.task == TASK_COUNTDOWN) put(line, "%s", expression);
-    else put(line, "%ld", wrong ? x + power_of_ten(pick(r, 3)) * (1 + pick(r, 8)) : x);
-    put(line, "</answer>");
+        } while (value != q->target && tries == TRIES - 1);
+        put(line, tries++ ? ", %s" : "%s", steps.text);
+    } while (value != q->target && !chance(r, gives_up));
 }
 
 // The value p / q of an expression, q = 0 if it has none; each number it uses is taken out of those
@@ -3183,6 +3162,30 @@ static int is_right(const Question *q, const char *text)
     else put(&right, "%ld", q->task == TASK_ADD ? q->number[0] + q->number[1]
                                                 : q->number[0] * q->number[1]);
     return !strcmp(text, right.text);
+}
+
+// Adds an answer of the given quality to a line.
+static void put_solution(Line *line, const Question *question, Random *r, const Quality *quality)
+{
+    Question q = *question;
+    Line thoughts = {0, ""};
+    char expression[LINE];
+    int worked = chance(r, quality->worked), wrong = !worked && !chance(r, quality->right);
+    double slips = worked ? quality->slips : 0;
+    long x = 0;
+    switch (q.task) {
+    case TASK_ADD: x = work_add(&thoughts, &q, r, slips); break;
+    case TASK_MUL: x = work_mul(&thoughts, &q, r, slips); break;
+    case TASK_SORT: work_sort(&thoughts, &q, r, slips + wrong); break;
+    default:
+        do work_countdown(&thoughts, &q, r, worked ? slips : 1, expression);
+        while (!worked && is_right(&q, expression) == wrong);
+    }
+    put(line, "<think>%s</think><answer>", worked ? thoughts.text : "");
+    if (q.task == TASK_SORT) put_numbers(line, &q);
+    else if (q.task == TASK_COUNTDOWN) put(line, "%s", expression);
+    else put(line, "%ld", wrong ? x + power_of_ten(pick(r, 3)) * (1 + pick(r, 8)) : x);
+    put(line, "</answer>");
 }
 
 typedef struct { double accuracy, format; } Reward; // 0 or 1 each
@@ -4099,7 +4102,8 @@ enum {
     X(TASK, Count, lines, "lines", "100000", "N", "questions to write, with answers") \
     X(TASK, Number, worked, "worked", "0.25", "X", "share of answers that are thought about") \
     X(TASK, Number, right, "right", "0.3", "X", "share that is right of those given at once") \
-    X(TASK, Number, slips, "slips", "0.004", "X", "chance of a mistake in a step of thought") \
+    X(TASK, Number, slips, "slips", "0.004", "X", \
+      "chance of a mistake in a step, in countdown of giving up") \
     X(RL_RUN, Count, rl_steps, "steps", "30", "N", "steps to train") \
     X(RL_RUN, Count, questions, "questions", "32", "N", "questions a step; R1: 32") \
     X(RL_RUN, Count, group, "group", "16", "G", "answers to a question; R1: 16") \
@@ -4271,8 +4275,8 @@ static double share_weights(accum *weight, size_t n)
 
 #define EVAL_ROWS(T) ceil_div(4096, T) // sequences at once
 
-// Mean loss over every token of bytes[0 .. n) but the first, or over those in answers, in windows of
-// T tokens, of which each sees what stands before it in its window. The last may be shorter.
+// Mean loss over every token of bytes[0 .. n) but the first, or over those in answers, in windows
+// of T tokens, of which each sees what stands before it in its window. The last may be shorter.
 static double text_loss(const Model *m, const char *bytes, size_t n, size_t T, int answers_only)
 {
     size_t tokens = n - 1, most = EVAL_ROWS(T);
