@@ -1811,7 +1811,8 @@ static void test_sample_token(void)
     real ties[4] = {1, 3, 3, 2};
     for (uint64_t n = 0; n < 50; n++) {
         Sampler greedy = {0, 0, 1, 7, 0}, one = {1, 1, 1, 7, 0}, tiny = {1, 0, 0, 7, 0};
-        EXPECT(sample_token(&greedy, ties, 4, n).token == 1, "temperature 0 did not take the first best");
+        EXPECT(sample_token(&greedy, ties, 4, n).token == 1,
+               "temperature 0 did not take the first best");
         EXPECT(sample_token(&one, ties, 4, n).token == 1, "top_k 1 did not take the best");
         EXPECT(sample_token(&tiny, ties, 4, n).token == 1, "top_p 0 did not take the best");
     }
@@ -3262,6 +3263,27 @@ static void test_schedule(void)
     near(schedule(&o, 0), 1, 0, "no warm-up");
 }
 
+// Answers are what follows the tab of a line, its end included, wherever a window begins.
+static void test_answers_only(void)
+{
+    static const char bytes[] = "1+1\t<2>\nno tab\n\t3\t4\n5\t", is[] = "0000111100000000111100";
+    size_t n = sizeof bytes - 1;
+    accum found[sizeof bytes];
+    for (size_t at = 0; at < n; at++) {
+        find_answers(found, bytes, at, n - at);
+        for (size_t i = at; i < n; i++)
+            EXPECT(found[i - at] == is[i] - '0', "byte %zu seen from %zu", i, at);
+    }
+    Config c = small_config();
+    c.V = 256, c.L = 2;
+    Model m = random_model(&c, 0, 72);
+    double whole = 0;
+    for (size_t i = 1; i < n; i++) // each in a window of its own: of two tokens, one predicted
+        if (is[i] == '1') whole += text_loss(&m, bytes + i - 1, 2, 1, 0);
+    near(text_loss(&m, bytes, n, 1, 1), whole / 8, 2e-6, "loss of answers");
+    model_free(&m);
+}
+
 // Every token but the first counts once, and sees nothing from before its window.
 static void test_text_loss(void)
 {
@@ -4229,7 +4251,7 @@ static const Test tests[] = {
     TEST(rollout_answer)
     TEST(generate_trained) TEST(sample_token) TEST(json) TEST(save_load) TEST(load_dtypes_shards)
     TEST(load_fp8) TEST(damaged_weights) TEST(damaged_config) TEST(rope_parameters)
-    TEST(sizes_beyond_int) TEST(window_start) TEST(schedule) TEST(text_loss)
+    TEST(sizes_beyond_int) TEST(window_start) TEST(schedule) TEST(text_loss) TEST(answers_only)
     TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump)
     TEST(resume_is_exact) TEST(killed_while_saving) TEST(disk_full) TEST(read_only_directory)
     TEST(signals) TEST(not_finite) TEST(memory_refused) TEST(plan) TEST(plan_options)
