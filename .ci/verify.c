@@ -634,7 +634,7 @@ typedef struct {
     size_t arrays;
     double worst, bound, cosine; // cosine: of gradients, the smallest
     char where[200];
-} Line;
+} TableRow;
 
 // What the error of an array may be. Sums in another order differ by rounding: in float by 1e-5 for
 // an operation; bfloat16 has 8 bits. Muon iterates a polynomial that enlarges errors.
@@ -675,7 +675,7 @@ int main(int argc, char **argv)
     if (cpu.n == 0) die(BAD_INPUT, "nothing begins with %s", cpu.only);
     printf("%-20s %6s  %10s  %6s   %s\n", bf16 ? "moe.cu in bfloat16" : "moe.cu in float", "arrays",
            "worst", "bound", "where");
-    Line line;
+    TableRow line;
     memset(&line, 0, sizeof line);
     for (size_t i = 0; i <= gpu.n; i++) {
         const Result *got = &gpu.result[i];
