@@ -4880,10 +4880,10 @@ typedef struct {
 static Exam exam_make(const Model *m, Source *source, const Options *o, size_t n)
 {
     size_t most = o->max_prompt + o->max_tokens;
-    NEED(most <= m->config.Tmax, "--max-prompt and --max-tokens are %zu together; the model's "
-         "max_position_embeddings is %zu", most, m->config.Tmax);
     NEED(m->config.V > 127, "%s: a vocabulary of %zu; tasks are written in bytes", o->model,
          m->config.V);
+    NEED(most <= m->config.Tmax, "--max-prompt and --max-tokens are %zu together; the model's "
+         "max_position_embeddings is %zu", most, m->config.Tmax);
     NEED(o->max_tokens, "--max-tokens must be at least 1");
     Exam e;
     memset(&e, 0, sizeof e);

@@ -3942,7 +3942,7 @@ static void test_bench(void)
         EXPECT(rate && rate->number > 0, "decode %s is not above 0", kinds[i]);
     }
     free(j);
-    REFUSED("--optimizer is 'x'; it must be adamw or muon", "bench", "--optimizer", "x");
+    REFUSED("--optimizer is x; it must be muon or adamw", "bench", "--optimizer", "x");
     REFUSED("--steps must be at least 1", "bench", "--steps", "0");
     REFUSED("--batch must be at least 1 and --seq 8", "bench", "--batch", "0");
     REFUSED("unknown option --data", "bench", "--data", "x");
