@@ -2970,32 +2970,51 @@ static int is_for_testing(const Question *q)
     return hash % 8 == 0;
 }
 
-// One of countdown's ways through the numbers: two of what is there are replaced by their sum,
-// difference, product or quotient, where that is a whole number, until one is left. Returns it; the
-// steps read 3+5=8 8*8=64, the expression (3+5)*8.
-static long try_expression(const Question *q, Random *r, Line *steps, char expression[LINE])
+// Countdown replaces two numbers by their sum, difference, product or quotient, where that is a
+// whole number, until one is left.
+static const char operators[] = "+-*/";
+
+typedef struct { long value; char text[128]; } Term; // 8 and (3+5)
+
+// c = a op b, the larger first; 0 if that is not for countdown. Its step reads 5+3=8.
+static int combine_terms(Term *c, const Term *a, char op, const Term *b, Line *step)
 {
-    struct { long value; char text[128]; } at[NUMBERS], it;
+    long x = a->value, y = b->value;
+    if (x < y || (op == '*' && x * y > 9999) || (op == '/' && (y == 0 || x % y))) return 0;
+    c->value = op == '+' ? x + y : op == '-' ? x - y : op == '*' ? x * y : x / y;
+    snprintf(c->text, sizeof c->text, "(%.60s%c%.60s)", a->text, op, b->text);
+    put(step, "%ld%c%ld=%ld", x, op, y, c->value);
+    return 1;
+}
+
+// A random way from all the numbers to the last two, as the text of its steps.
+static void pick_way(Term last[2], const Question *q, Random *r, Line *way)
+{
+    Term at[NUMBERS], c;
     size_t n = q->n;
     for (size_t i = 0; i < n; i++) {
         at[i].value = q->number[i];
         snprintf(at[i].text, sizeof at[i].text, "%ld", q->number[i]);
     }
-    while (n > 1) {
-        size_t i = (size_t)pick(r, (long)n), j = (size_t)pick(r, (long)n - 1);
-        char op = "+-*/"[pick(r, 4)];
-        j += j >= i;
-        long a = at[i].value, b = at[j].value;
-        if (op == '-' ? a < b : op == '*' ? a * b > 9999 : op == '/' && (b == 0 || a % b)) continue;
-        it.value = op == '+' ? a + b : op == '-' ? a - b : op == '*' ? a * b : a / b;
-        snprintf(it.text, sizeof it.text, n > 2 ? "(%.60s%c%.60s)" : "%.60s%c%.60s", at[i].text, op,
-                 at[j].text);
-        put(steps, "%s%ld%c%ld=%ld", n < q->n ? " " : "", a, op, b, it.value);
-        at[i] = it;
+    way->length = 0;
+    while (n > 2) {
+        size_t i = (size_t)pick(r, (long)n), j = (size_t)pick(r, (long)n);
+        if (i == j || !combine_terms(&c, &at[i], operators[pick(r, 4)], &at[j], way)) continue;
+        put(way, " ");
+        at[i] = c;
         at[j] = at[--n];
     }
-    snprintf(expression, LINE, "%s", at[0].text);
-    return at[0].value;
+    int second = at[0].value < at[1].value;
+    last[0] = at[second];
+    last[1] = at[!second];
+}
+
+static void guess_countdown(Term *answer, const Question *q, Random *r)
+{
+    Term last[2];
+    Line way;
+    pick_way(last, q, r, &way);
+    while (!combine_terms(answer, &last[0], operators[pick(r, 4)], &last[1], &way)) {}
 }
 
 static long power_of_ten(long k) { return k > 0 ? 10 * power_of_ten(k - 1) : 1; }
@@ -3006,8 +3025,7 @@ static Question make_question(int task, long size, int testing, uint64_t seed, u
     int pair = task == TASK_ADD || task == TASK_MUL;
     Random r = {seed, 10 + (uint64_t)testing, i << 20};
     Question q;
-    Line steps;
-    char expression[LINE];
+    Term answer;
     do {
         memset(&q, 0, sizeof q);
         q.task = task;
@@ -3015,8 +3033,10 @@ static Question make_question(int task, long size, int testing, uint64_t seed, u
         long low = pair ? size > 1 ? power_of_ten(size - 1) : 0 : task == TASK_SORT ? 0 : 1;
         long high = pair ? power_of_ten(size) : task == TASK_SORT ? 100 : 10;
         for (size_t k = 0; k < q.n; k++) q.number[k] = low + pick(&r, high - low);
-        steps.length = 0;
-        if (task == TASK_COUNTDOWN) q.target = try_expression(&q, &r, &steps, expression);
+        if (task == TASK_COUNTDOWN) {
+            guess_countdown(&answer, &q, &r);
+            q.target = answer.value;
+        }
     } while (is_for_testing(&q) != testing || (task == TASK_COUNTDOWN && q.target > 99));
     return q;
 }
@@ -3073,22 +3093,26 @@ static void work_sort(Line *line, Question *q, Random *r, double slips)
     }
 }
 
-// Countdown by trying until one way is right, at the latest the 24th, or until patience ends, with
-// some chance after each. The answer is the last.    3+5=8 8+8=16, 3*5=15 15-8=7, 3+5=8 8*8=64
-static void work_countdown(Line *line, const Question *q, Random *r, double gives_up,
-                           char expression[LINE])
+// Countdown by search: a way to two numbers that was not tried yet, and what these two make, until
+// the target is there, or patience ends, with some chance after each way. The answer is the last.
+//     3*5=15 15+8=23 15-8=7 15*8=120, 5+3=8 8+8=16 8-8=0 8*8=64
+static void work_countdown(Line *line, Term *answer, const Question *q, Random *r, double gives_up)
 {
-    enum { TRIES = 24 };
-    long value;
-    int tries = 0;
+    Line tried = {0, ""}, way;
+    Term last[2];
+    int found = 0;
     do {
-        Line steps;
-        do {
-            steps.length = 0;
-            value = try_expression(q, r, &steps, expression);
-        } while (value != q->target && tries == TRIES - 1);
-        put(line, tries++ ? ", %s" : "%s", steps.text);
-    } while (value != q->target && !chance(r, gives_up));
+        do pick_way(last, q, r, &way);
+        while (way.length && strstr(tried.text, way.text));
+        put(&tried, "%s,", way.text);
+        put(line, "%s%s", line->length ? ", " : "", way.text);
+        for (size_t i = 0, n = 0; i < 4 && !found; i++) {
+            Line step = {0, ""};
+            if (!combine_terms(answer, &last[0], operators[i], &last[1], &step)) continue;
+            put(line, n++ ? " %s" : "%s", step.text);
+            found = answer->value == q->target;
+        }
+    } while (!found && !chance(r, gives_up) && line->length < LINE / 2);
 }
 
 // The value p / q of an expression, q = 0 if it has none; each number it uses is taken out of those
@@ -3169,7 +3193,7 @@ static void put_solution(Line *line, const Question *question, Random *r, const 
 {
     Question q = *question;
     Line thoughts = {0, ""};
-    char expression[LINE];
+    Term answer;
     int worked = chance(r, quality->worked), wrong = !worked && !chance(r, quality->right);
     double slips = worked ? quality->slips : 0;
     long x = 0;
@@ -3178,12 +3202,14 @@ static void put_solution(Line *line, const Question *question, Random *r, const 
     case TASK_MUL: x = work_mul(&thoughts, &q, r, slips); break;
     case TASK_SORT: work_sort(&thoughts, &q, r, slips + wrong); break;
     default:
-        do work_countdown(&thoughts, &q, r, worked ? slips : 1, expression);
-        while (!worked && is_right(&q, expression) == wrong);
+        if (worked) work_countdown(&thoughts, &answer, &q, r, slips);
+        else
+            do guess_countdown(&answer, &q, r);
+            while ((answer.value == q.target) == wrong);
     }
     put(line, "<think>%s</think><answer>", worked ? thoughts.text : "");
     if (q.task == TASK_SORT) put_numbers(line, &q);
-    else if (q.task == TASK_COUNTDOWN) put(line, "%s", expression);
+    else if (q.task == TASK_COUNTDOWN) put(line, "%.*s", (int)strlen(answer.text) - 2, answer.text + 1);
     else put(line, "%ld", wrong ? x + power_of_ten(pick(r, 3)) * (1 + pick(r, 8)) : x);
     put(line, "</answer>");
 }
@@ -4535,6 +4561,9 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt, Model *
     Checkpoint c = checkpoint_file(o->resume, state_name);
     const Shard *s = c.shard;
     char hash[32];
+    int has_ref = r->command == RL && strtod(state_value(s, "--kl"), NULL) > 0;
+    NEED(has_ref == (ref != NULL), "--kl is %g, but the run in %s has %s reference policy", o->kl,
+         o->resume, has_ref ? "a" : "no");
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)data_hash(&r->text));
     NEED(!strcmp(hash, state_value(s, "text_hash")),
          "%s: is not the text that the run in %s began with", o->data, o->resume);
@@ -4760,7 +4789,6 @@ static void start_judge(Source *s, const char *command)
 {
     int to[2], from[2];
     NEED(!pipe(to) && !pipe(from), "--verify-cmd: cannot make a pipe: %s", strerror(errno));
-    fflush(NULL);
     pid_t child = fork();
     NEED(child >= 0, "--verify-cmd: cannot start a process: %s", strerror(errno));
     if (child == 0) {
@@ -4790,11 +4818,16 @@ static Source source_open(const Options *o)
         source_sizes(&s, o->size);
         return s;
     }
+    NEED(is_utf8(o->task_cmd) && is_utf8(o->verify_cmd),
+         "--task-cmd, --verify-cmd: a command that is not UTF-8 cannot be saved");
     s.task = TASKS;
     fflush(NULL);
+    signal(SIGINT, SIG_IGN); // Ctrl-C is for this program alone; those that it starts inherit this
     s.questions = popen(o->task_cmd, "r");
     NEED(s.questions, "--task-cmd: cannot start '%s': %s", o->task_cmd, strerror(errno));
+    fcntl(fileno(s.questions), F_SETFD, FD_CLOEXEC);
     start_judge(&s, o->verify_cmd);
+    signal(SIGINT, SIG_DFL);
     signal(SIGPIPE, SIG_IGN); // a judge that ends is then an error that a write returns
     return s;
 }
@@ -4844,16 +4877,16 @@ static int source_judge(Source *s, const char *question, const char *answer, Rew
 
 enum { END = '\n' }; // begins every question and ends every answer
 
-// Writes question q as the prompt of text i.
-static void rollout_ask(Rollout *r, size_t i, const Line *q)
+// Writes question q as the prompt of text i; 0 if it is too long.
+static int rollout_ask(Rollout *r, size_t i, const Line *q)
 {
     int *to = r->text + i * r->most;
-    NEED(q->length + 2 < r->most, "the question %s is too long; use a larger --max-prompt",
-         q->text);
+    if (q->length + 2 >= r->most) return 0;
     to[0] = END;
     tokens_copy(to + 1, q->text, q->length);
     to[q->length + 1] = '\t';
     r->prompt[i] = r->length[i] = q->length + 2;
+    return 1;
 }
 
 // The answer of text i, empty if it did not end or is no text.
@@ -4877,14 +4910,22 @@ typedef struct {
     double seconds;     // of drawing
 } Exam;
 
-static Exam exam_make(const Model *m, Source *source, const Options *o, size_t n)
+// The most tokens of a question and its answer.
+static size_t exam_length(const Options *o, const Config *c)
 {
     size_t most = o->max_prompt + o->max_tokens;
-    NEED(m->config.V > 127, "%s: a vocabulary of %zu; tasks are written in bytes", o->model,
-         m->config.V);
-    NEED(most <= m->config.Tmax, "--max-prompt and --max-tokens are %zu together; the model's "
-         "max_position_embeddings is %zu", most, m->config.Tmax);
+    NEED(c->V > 127, "%s: a vocabulary of %zu; tasks are written in bytes", o->model, c->V);
+    NEED(most <= c->Tmax, "--max-prompt and --max-tokens are %zu together; the model's "
+         "max_position_embeddings is %zu", most, c->Tmax);
     NEED(o->max_tokens, "--max-tokens must be at least 1");
+    NEED(o->max_prompt > 2, "no question fits --max-prompt %zu; use a larger --max-prompt",
+         o->max_prompt);
+    return most;
+}
+
+static Exam exam_make(const Model *m, Source *source, const Options *o, size_t n)
+{
+    size_t most = exam_length(o, &m->config);
     Exam e;
     memset(&e, 0, sizeof e);
     e.source = source;
@@ -4916,7 +4957,7 @@ static const char *exam_sit(Exam *e, const Sampler *sampler, int testing, size_t
         if (i % group == 0 && !source_question(e->source, q, testing, first + i / group))
             return "--task-cmd ended, wrote a tab or a line that is too long, or the same few "
                    "questions only; it must write questions, a line each, without end";
-        rollout_ask(r, i, q);
+        if (!rollout_ask(r, i, q)) return "a question is too long; use a larger --max-prompt";
     }
     double start = now();
     rollout_draw(r, &e->decoder, sampler, END);
@@ -5188,7 +5229,7 @@ static int command_rl(const Options *given)
     Config config = directory_config(o->model);
     const Config *c = &config;
     Source source = source_open(o);
-    size_t n = size_mul(o->questions, o->group), most = o->max_prompt + o->max_tokens;
+    size_t n = size_mul(o->questions, o->group), most = exam_length(o, c);
     NEED(n && o->group > 1 && o->steps,
          "--questions and --steps must be at least 1, --group 2");
     NEED(o->minibatches && o->minibatches <= n && o->epochs,
@@ -5875,7 +5916,7 @@ static int sample_answer(const Options *given)
     Exam e = exam_make(&m, &source, o, 1);
     Line *line = &e.question[0];
     put(line, "%s", o->prompt);
-    rollout_ask(&e.roll, 0, line);
+    NEED(rollout_ask(&e.roll, 0, line), "--prompt is too long; use a larger --max-prompt");
     rollout_draw(&e.roll, &e.decoder, &sampler, END);
     rollout_answer(answer, &e.roll, 0);
     for (size_t i = e.roll.prompt[0]; i < e.roll.length[0]; i++) print_token(e.roll.text[i]);
