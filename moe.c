@@ -2788,6 +2788,7 @@ static double group_advantages(double *A,       // [G]
 typedef struct {
     double clip; // epsilon
     double kl;   // beta
+    double mean; // length that an answer's sum over its tokens is divided by; 0: its own
 } Grpo;
 
 typedef struct {
@@ -2799,6 +2800,8 @@ typedef struct {
 //     loss = -1/T sum_t (min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A) - beta D_t),
 //     rho_t = pi(o_t) / pi_old(o_t),   D_t = pi_ref / pi - log(pi_ref / pi) - 1,
 //     dloss/dce_t = ([not clipped] rho_t A - beta (1 - pi_ref / pi)) / T.
+// A token of a long answer thus moves less than one of a short answer. With the answers' mean
+// length for T all tokens count alike (DAPO, arXiv:2503.14476, 12).
 static GrpoSums grpo_loss(accum *dce,        // [T]
                           const accum *ce,   // [T]
                           const accum *old,  // [T] log pi_old(o_t)
@@ -2806,7 +2809,7 @@ static GrpoSums grpo_loss(accum *dce,        // [T]
                           size_t T, double A, const Grpo *g)
 {
     GrpoSums s = {0, 0, 0};
-    double share = 1 / (double)T;
+    double share = 1 / (g->mean > 0 ? g->mean : (double)T);
     for (size_t t = 0; t < T; t++) {
         double rho = exp((double)-ce[t] - (double)old[t]);
         double bounded = fmin(fmax(rho, 1 - g->clip), 1 + g->clip);
@@ -2976,14 +2979,14 @@ static const char operators[] = "+-*/";
 
 typedef struct { long value; char text[128]; } Term; // 8 and (3+5)
 
-// c = a op b, the larger first; 0 if that is not for countdown. Its step reads 5+3=8.
-static int combine_terms(Term *c, const Term *a, char op, const Term *b, Line *step)
+// c = a op b, the larger first; 0 if that is not for countdown. Adds the step, 5+3=8.
+static int combine_terms(Term *c, const Term *a, char op, const Term *b, Line *steps)
 {
     long x = a->value, y = b->value;
     if (x < y || (op == '*' && x * y > 9999) || (op == '/' && (y == 0 || x % y))) return 0;
     c->value = op == '+' ? x + y : op == '-' ? x - y : op == '*' ? x * y : x / y;
     snprintf(c->text, sizeof c->text, "(%.60s%c%.60s)", a->text, op, b->text);
-    put(step, "%ld%c%ld=%ld", x, op, y, c->value);
+    put(steps, "%s%ld%c%ld=%ld", steps->length ? " " : "", x, op, y, c->value);
     return 1;
 }
 
@@ -3000,7 +3003,6 @@ static void pick_way(Term last[2], const Question *q, Random *r, Line *way)
     while (n > 2) {
         size_t i = (size_t)pick(r, (long)n), j = (size_t)pick(r, (long)n);
         if (i == j || !combine_terms(&c, &at[i], operators[pick(r, 4)], &at[j], way)) continue;
-        put(way, " ");
         at[i] = c;
         at[j] = at[--n];
     }
@@ -3093,26 +3095,25 @@ static void work_sort(Line *line, Question *q, Random *r, double slips)
     }
 }
 
-// Countdown by search: a way to two numbers that was not tried yet, and what these two make, until
-// the target is there, or patience ends, with some chance after each way. The answer is the last.
-//     3*5=15 15+8=23 15-8=7 15*8=120, 5+3=8 8+8=16 8-8=0 8*8=64
+// Countdown by search: a new way to two numbers and what these two make, until the target is there
+// or patience ends, with some chance after each way. Once the line is half full, the next is right.
+// The answer is the last.    3*5=15 15+8=23 15-8=7 15*8=120, 5+3=8 8+8=16 8-8=0 8*8=64
 static void work_countdown(Line *line, Term *answer, const Question *q, Random *r, double gives_up)
 {
-    Line tried = {0, ""}, way;
+    Line tried = {0, ""}, steps;
     Term last[2];
-    int found = 0;
+    int found = 0, again;
     do {
-        do pick_way(last, q, r, &way);
-        while (way.length && strstr(tried.text, way.text));
-        put(&tried, "%s,", way.text);
-        put(line, "%s%s", line->length ? ", " : "", way.text);
-        for (size_t i = 0, n = 0; i < 4 && !found; i++) {
-            Line step = {0, ""};
-            if (!combine_terms(answer, &last[0], operators[i], &last[1], &step)) continue;
-            put(line, n++ ? " %s" : "%s", step.text);
-            found = answer->value == q->target;
-        }
-    } while (!found && !chance(r, gives_up) && line->length < LINE / 2);
+        do {
+            pick_way(last, q, r, &steps);
+            again = steps.length && strstr(tried.text, steps.text);
+            if (!again) put(&tried, "%s,", steps.text);
+            for (size_t i = 0; i < 4 && !found; i++)
+                found = combine_terms(answer, &last[0], operators[i], &last[1], &steps) &&
+                        answer->value == q->target;
+        } while (!found && (again || line->length > LINE / 2));
+        put(line, "%s%s", line->length ? ", " : "", steps.text);
+    } while (!found && !chance(r, gives_up));
 }
 
 // The value p / q of an expression, q = 0 if it has none; each number it uses is taken out of those
@@ -4140,6 +4141,8 @@ enum {
       "parts of a step's answers, each an update; R1: 16") \
     X(RL_RUN, Count, epochs, "epochs", "1", "N", "updates with each part; R1: 1") \
     X(RL_RUN, Number, rl_clip, "clip", "0.2", "X", "epsilon of the ratio; R1: 10") \
+    X(RL_RUN, Flag, token_level, "token-level", "", "", \
+      "count all tokens alike, not all answers: for long answers") \
     X(RL_RUN, Number, kl, "kl", "0", "X", "beta of the divergence from the reference; R1: 0.001") \
     X(RL_RUN, Count, ref_every, "ref-every", "400", "N", \
       "steps between new references; 0: never; R1: 400") \
@@ -5010,9 +5013,9 @@ static RlStep rl_update(Exam *e, const Options *o, Model *m, const Model *ref, A
     size_t n = r->n, G = o->group;
     double start = now(), *total = (double *)host_alloc(2 * n, sizeof(double)), *A = total + n;
     size_t *order = (size_t *)host_alloc(n, sizeof(size_t));
-    Grpo g = {o->rl_clip, o->kl};
     memset(&s, 0, sizeof s);
     s.entropy = r->entropy, s.tokens = r->drawn, s.length = (double)r->drawn / (double)n;
+    Grpo g = {o->rl_clip, o->kl, o->token_level ? s.length : 0};
     for (size_t i = 0; i < n; i++) {
         total[i] = e->reward[i].accuracy + e->reward[i].format;
         s.accuracy += e->reward[i].accuracy / (double)n;
