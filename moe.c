@@ -2788,7 +2788,6 @@ static double group_advantages(double *A,       // [G]
 typedef struct {
     double clip; // epsilon
     double kl;   // beta
-    double mean; // length that an answer's sum over its tokens is divided by; 0: its own
 } Grpo;
 
 typedef struct {
@@ -2800,8 +2799,6 @@ typedef struct {
 //     loss = -1/T sum_t (min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A) - beta D_t),
 //     rho_t = pi(o_t) / pi_old(o_t),   D_t = pi_ref / pi - log(pi_ref / pi) - 1,
 //     dloss/dce_t = ([not clipped] rho_t A - beta (1 - pi_ref / pi)) / T.
-// A token of a long answer thus moves less than one of a short answer. With the answers' mean
-// length for T all tokens count alike (DAPO, arXiv:2503.14476, 12).
 static GrpoSums grpo_loss(accum *dce,        // [T]
                           const accum *ce,   // [T]
                           const accum *old,  // [T] log pi_old(o_t)
@@ -2809,7 +2806,7 @@ static GrpoSums grpo_loss(accum *dce,        // [T]
                           size_t T, double A, const Grpo *g)
 {
     GrpoSums s = {0, 0, 0};
-    double share = 1 / (g->mean > 0 ? g->mean : (double)T);
+    double share = 1 / (double)T;
     for (size_t t = 0; t < T; t++) {
         double rho = exp((double)-ce[t] - (double)old[t]);
         double bounded = fmin(fmax(rho, 1 - g->clip), 1 + g->clip);
@@ -3210,7 +3207,8 @@ static void put_solution(Line *line, const Question *question, Random *r, const 
     }
     put(line, "<think>%s</think><answer>", worked ? thoughts.text : "");
     if (q.task == TASK_SORT) put_numbers(line, &q);
-    else if (q.task == TASK_COUNTDOWN) put(line, "%.*s", (int)strlen(answer.text) - 2, answer.text + 1);
+    else if (q.task == TASK_COUNTDOWN) // without the outermost ( )
+        put(line, "%.*s", (int)strlen(answer.text) - 2, answer.text + 1);
     else put(line, "%ld", wrong ? x + power_of_ten(pick(r, 3)) * (1 + pick(r, 8)) : x);
     put(line, "</answer>");
 }
@@ -4141,8 +4139,6 @@ enum {
       "parts of a step's answers, each an update; R1: 16") \
     X(RL_RUN, Count, epochs, "epochs", "1", "N", "updates with each part; R1: 1") \
     X(RL_RUN, Number, rl_clip, "clip", "0.2", "X", "epsilon of the ratio; R1: 10") \
-    X(RL_RUN, Flag, token_level, "token-level", "", "", \
-      "count all tokens alike, not all answers: for long answers") \
     X(RL_RUN, Number, kl, "kl", "0", "X", "beta of the divergence from the reference; R1: 0.001") \
     X(RL_RUN, Count, ref_every, "ref-every", "400", "N", \
       "steps between new references; 0: never; R1: 400") \
@@ -5013,9 +5009,9 @@ static RlStep rl_update(Exam *e, const Options *o, Model *m, const Model *ref, A
     size_t n = r->n, G = o->group;
     double start = now(), *total = (double *)host_alloc(2 * n, sizeof(double)), *A = total + n;
     size_t *order = (size_t *)host_alloc(n, sizeof(size_t));
+    Grpo g = {o->rl_clip, o->kl};
     memset(&s, 0, sizeof s);
     s.entropy = r->entropy, s.tokens = r->drawn, s.length = (double)r->drawn / (double)n;
-    Grpo g = {o->rl_clip, o->kl, o->token_level ? s.length : 0};
     for (size_t i = 0; i < n; i++) {
         total[i] = e->reward[i].accuracy + e->reward[i].format;
         s.accuracy += e->reward[i].accuracy / (double)n;

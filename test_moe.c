@@ -1964,8 +1964,7 @@ static void test_grpo_loss(void)
     static const double advantages[] = {1.3, -0.7, 0, 2.5}, clips[] = {0.2, 10}, h = 1e-4;
     double ce[T], dce[T], unused[T], logp[T], old[T], ref[T];
     for (size_t i = 0; i < 16; i++) {
-        Grpo g = {clips[i / 4 % 2], i < 8 ? 0.3 : 0, i % 3 ? 0 : 7.5};
-        double scale = g.mean > 0 ? T / g.mean : 1;
+        Grpo g = {clips[i / 4 % 2], i < 8 ? 0.3 : 0};
         double A = advantages[i % 4], kl = 0, clipped = 0;
         const double *known = i < 8 ? ref : NULL;
         for (size_t t = 0; t < T; t++) {
@@ -1979,9 +1978,9 @@ static void test_grpo_loss(void)
         char what[100];
         snprintf(what, sizeof what, "A %g, clip %g, %s reference", A, g.clip, known ? "a" : "no");
         GrpoSums s = grpo_loss(dce, ce, old, known, T, A, &g);
-        near(s.loss, -scale * objective(logp, old, known, T, A, g.clip, g.kl), 1e-13, what);
-        near(s.kl, scale * kl, 1e-12, what);
-        near(s.clipped, scale * clipped / T, 1e-12, what);
+        near(s.loss, -objective(logp, old, known, T, A, g.clip, g.kl), 1e-13, what);
+        near(s.kl, kl, 1e-12, what);
+        near(s.clipped, clipped / T, 1e-12, what);
         for (size_t t = 0; t < T; t++) {
             double was = ce[t], f[2];
             for (int k = 0; k < 2; k++) {
@@ -2013,11 +2012,9 @@ static double grpo_trial_loss(void *p)
     double logp[64], sum = 0;
     for (size_t k = 0; k < t->n; k++) {
         size_t i = t->order[k], prompt = r->prompt[i], at = i * r->most + prompt;
-        size_t length = r->length[i] - prompt;
         naive_logp(logp, &t->m, &t->one[i], r, i, t->temperature);
-        sum -= (t->g.mean > 0 ? (double)length / t->g.mean : 1) *
-               objective(logp + prompt, r->logp + at, t->ref ? t->ref + at : NULL, length,
-                         t->A[i], t->g.clip, t->g.kl);
+        sum -= objective(logp + prompt, r->logp + at, t->ref ? t->ref + at : NULL,
+                         r->length[i] - prompt, t->A[i], t->g.clip, t->g.kl);
     }
     return sum / (double)t->n;
 }
@@ -2028,7 +2025,7 @@ static void check_grpo_gradient(Config c, int with_ref, double temperature)
 {
     enum { N = 7, MOST = 14, USED = 6, ROOM = 2 * (MOST - 1) };
     static const size_t sorted[] = {0, 5, 4, 6, 3, 1}, mixed[] = {1, 0, 6, 4, 3, 5}; // not 2
-    static const Grpo grpo[2] = {{0.2, 0, 0}, {0.2, 0.4, 5.5}};
+    static const Grpo grpo[2] = {{0.2, 0}, {0.2, 0.4}};
     double A[N] = {1.2, -0.8, 5, -1.5, 0.6, 0, 0.9}, num[PROBES + 1];
     Model m = random_model(&c, 1, 85), ref = random_model(&c, 0, 85);
     Rollout r = random_rollout(N, MOST, c.V);
@@ -2161,7 +2158,7 @@ static void test_rollout_logp(void)
             acts_free(&one);
         }
         near(r.entropy, entropy, 10 * most, "entropy");
-        Grpo g = {0.2, 1, 0};
+        Grpo g = {0.2, 1};
         GrpoSums sums = grpo_backward(&m, &ref, &a, N * (MOST - 1), &r, order, N, A, &g);
         within(fabs(sums.loss + sum), 20 * most, "loss"); // -A each
         within(fabs(sums.kl), most, "divergence");
