@@ -4068,6 +4068,8 @@ static void test_rl_options(void)
     RL_REFUSED("--steps", "--steps", "0");
     RL_REFUSED("--max-tokens", "--max-tokens", "0");
     RL_REFUSED("--max-tokens", "--max-tokens", "49", "--max-prompt", "16");
+    RL_REFUSED("--max-prompt", "--max-tokens", "1", "--max-prompt", "0");
+    RL_REFUSED("larger --max-prompt", "--max-prompt", "1");
     RL_REFUSED("--temperature", "--temperature", "0");
     RL_REFUSED("--minibatches", "--minibatches", "0");
     RL_REFUSED("--minibatches", "--minibatches", "9");
@@ -4077,6 +4079,7 @@ static void test_rl_options(void)
     RL_REFUSED("nosuch", "--task", "nosuch");
     RL_REFUSED("--verify-cmd", "--task-cmd", "yes");
     RL_REFUSED("--task-cmd", "--verify-cmd", "cat");
+    RL_REFUSED("UTF-8", "--task-cmd", "echo \xff", "--verify-cmd", "cat");
     RL_REFUSED("--speculate", "--speculate");
     static const char *const bad[] = {"0", "9", "4-2", "x", "3-", "-3", "3x", "2-9", "1 2", ""};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -4088,7 +4091,7 @@ static void test_rl_options(void)
     REFUSED("nosuch", "task", "--task", "nosuch");
     REFUSED("--task-cmd", "task", "--task-cmd", "yes");
     EXPECT(access(out, F_OK), "something was made where nothing should be");
-    expect_error(2, "larger --max-prompt", RL("--model", model, "--out", out, "--max-prompt", "1",
+    expect_error(1, "larger --max-prompt", RL("--model", model, "--out", out, "--max-prompt", "3",
                                               "--max-tokens", "1"));
 }
 
@@ -4123,6 +4126,9 @@ static void test_rl_programs(void)
     check_rl_ends(model, "asks-to-go-on", 4, UP_TO(11, "echo \"q$i\""), ones, go_on);
     check_rl_ends(model, "asks-a-tab", 0, UP_TO(999, "printf \"$i\\tb\\n\""), ones, question);
     check_rl_ends(model, "asks-too-much", 0, UP_TO(99, "printf '%3000d\\n' $i"), ones, question);
+    check_rl_ends(model, "asks-too-long", 4, label("%s; %s", UP_TO(11, "echo \"q$i\""),
+                                                   UP_TO(99, "printf '%40d\\n' $i")),
+                  ones, "larger --max-prompt");
     check_rl_ends(model, "asks-no-end", 0, "printf abc", ones, question);
     check_rl_ends(model, "says-nothing", 0, asks, "true", answer);
     check_rl_ends(model, "says-so-much", 2, asks, UP_TO(20, "read -r l; echo 1"), answer);
@@ -4147,8 +4153,8 @@ static int ends(pid_t child)
     return 0;
 }
 
-// What asks and what judges end with the run, and a question that is always the same, so that none
-// is for testing, is not waited for without end.
+// What asks and what judges end with the run, but not by a Ctrl-C that is meant for the run; and a
+// question that is always the same, so that none is for testing, is not waited for without end.
 static void test_rl_programs_end(void)
 {
     char *model = babbling_model("rl-ends", 128), *out = in_directory("rl-ends-out");
@@ -4171,6 +4177,10 @@ static void test_rl_programs_end(void)
                                "--task-cmd", "while echo question; do :; done 2>/dev/null"));
     EXPECT(ends(child), "one question without end is waited for");
     end_moe(child);
+    expect_error(2, "--kl", ARGS("rl", "--resume", out, "--steps", "2", "--kl", "0.1"));
+    expect_success(RL("--model", model, "--out", out, "--steps", "1", "--test", "0", "--verify-cmd",
+                      label("kill -INT $$; %s", ones), "--task-cmd",
+                      label("kill -INT $$; %s 2>/dev/null", UP_TO(99, "echo $i"))));
 }
 
 // moe task writes questions to train on, with answers as good as asked for.
