@@ -4996,8 +4996,8 @@ static int compare_lengths(const void *x, const void *y)
 typedef struct {
     double reward, accuracy, format, length, entropy, flat; // flat: share of groups all alike
     GrpoSums sums;
-    double norm, update_seconds;
-    size_t tokens, bad;
+    double norm, draw_seconds, update_seconds;
+    size_t tokens, bad; // bad: updates that were not finite
 } RlStep;
 
 // One step of GRPO: the answers in e, in o->minibatches parts, o->epochs times.
@@ -5012,6 +5012,7 @@ static RlStep rl_update(Exam *e, const Options *o, Model *m, const Model *ref, A
     Grpo g = {o->rl_clip, o->kl};
     memset(&s, 0, sizeof s);
     s.entropy = r->entropy, s.tokens = r->drawn, s.length = (double)r->drawn / (double)n;
+    s.draw_seconds = e->seconds;
     for (size_t i = 0; i < n; i++) {
         total[i] = e->reward[i].accuracy + e->reward[i].format;
         s.accuracy += e->reward[i].accuracy / (double)n;
@@ -5045,6 +5046,8 @@ static RlStep rl_update(Exam *e, const Options *o, Model *m, const Model *ref, A
     free(order);
     return s;
 }
+
+// Writes questions with answers of mixed quality, a text for a base model to learn from.
 static int command_task(const Options *o)
 {
     Source s = source_open(o);
@@ -5196,6 +5199,22 @@ static void rl_warn(const RlStep *s)
                100 * s->accuracy, what);
 }
 
+// A row of log.csv and a line for the reader.
+static void rl_report(const Run *r, const Options *o, const RlStep *s, int tested, FILE *log)
+{
+    double drawn = (double)s->tokens / s->draw_seconds, seconds = now() - r->start;
+    double learnt = (double)s->tokens / s->update_seconds;
+    fprintf(log, "%zu,%.4f,%.4f,%.4f,%.2f,%.4f,%.5f,%.4f,%.4f,%.4f,", r->step, s->reward,
+            s->accuracy, s->format, s->length, s->entropy, s->sums.kl, s->sums.clipped, s->flat,
+            s->norm);
+    if (tested) fprintf(log, "%.4f", r->val_loss);
+    fprintf(log, ",%.1f,%.0f,%.0f\n", seconds, drawn, learnt);
+    printf("step %zu/%zu accuracy %.1f%% format %.1f%% length %.1f entropy %.3f kl %.4f flat "
+           "%.0f%% norm %.2f test %.1f%% rollout %.0f tok/s update %.0f %.0fs\n", r->step, o->steps,
+           100 * s->accuracy, 100 * s->format, s->length, s->entropy, s->sums.kl, 100 * s->flat,
+           s->norm, 100 * r->val_loss, drawn, learnt, seconds);
+}
+
 // Rejection sampling: writes the first right answer to each question that has one.
 static int rl_collect(Exam *e, const Options *o)
 {
@@ -5221,6 +5240,7 @@ static int rl_collect(Exam *e, const Options *o)
     return 0;
 }
 
+// GRPO from questions to a better model.
 static int command_rl(const Options *given)
 {
     Options own = *given, *o = &own;
@@ -5276,7 +5296,6 @@ static int command_rl(const Options *given)
         if (error) break;
         RlStep s = rl_update(&e, o, &m, with_ref ? &ref : NULL, &a, B * (most - 1), &opt, &recipe,
                              r.step);
-        double drawn = (double)s.tokens / e.seconds, learnt = (double)s.tokens / s.update_seconds;
         r.step++;
         bad = s.bad ? bad + s.bad : 0;
         if (s.bad)
@@ -5291,16 +5310,9 @@ static int command_rl(const Options *given)
         }
         last = r.step == o->steps;
         stop = stop_signal || (o->stop_after && r.step >= o->stop_after);
-        fprintf(log, "%zu,%.4f,%.4f,%.4f,%.2f,%.4f,%.5f,%.4f,%.4f,%.4f,", r.step, s.reward,
-                s.accuracy, s.format, s.length, s.entropy, s.sums.kl, s.sums.clipped, s.flat,
-                s.norm);
-        if (last || (o->test_every && r.step % o->test_every == 0))
-            fprintf(log, "%.4f", r.val_loss = test_accuracy(&e, o->test, &error));
-        fprintf(log, ",%.1f,%.0f,%.0f\n", now() - r.start, drawn, learnt);
-        printf("step %zu/%zu accuracy %.1f%% format %.1f%% length %.1f entropy %.3f kl %.4f flat "
-               "%.0f%% norm %.2f test %.1f%% rollout %.0f tok/s update %.0f %.0fs\n", r.step,
-               o->steps, 100 * s.accuracy, 100 * s.format, s.length, s.entropy, s.sums.kl,
-               100 * s.flat, s.norm, 100 * r.val_loss, drawn, learnt, now() - r.start);
+        int tested = last || (o->test_every && r.step % o->test_every == 0);
+        if (tested) r.val_loss = test_accuracy(&e, o->test, &error);
+        rl_report(&r, o, &s, tested, log);
         rl_warn(&s);
         fflush(stdout);
         if (last || stop || (o->save_every && r.step % o->save_every == 0))
