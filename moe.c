@@ -3094,7 +3094,8 @@ static void work_sort(Line *line, Question *q, Random *r, double slips)
 
 // Countdown by search: a new way to two numbers and what these two make, until the target is there
 // or patience ends, with some chance after each way. Once the line is half full, the next is right.
-// The answer is the last.    3*5=15 15+8=23 15-8=7 15*8=120, 5+3=8 8+8=16 8-8=0 8*8=64
+// The answer is the last. The target is said again each time: a small model does not compare with
+// what it read long ago.    64: 3*5=15 15+8=23 15-8=7 15*8=120, 64: 5+3=8 8+8=16 8-8=0 8*8=64
 static void work_countdown(Line *line, Term *answer, const Question *q, Random *r, double gives_up)
 {
     Line tried = {0, ""}, steps;
@@ -3109,7 +3110,7 @@ static void work_countdown(Line *line, Term *answer, const Question *q, Random *
                 found = combine_terms(answer, &last[0], operators[i], &last[1], &steps) &&
                         answer->value == q->target;
         } while (!found && (again || line->length > LINE / 2));
-        put(line, "%s%s", line->length ? ", " : "", steps.text);
+        put(line, "%s%ld: %s", line->length ? ", " : "", q->target, steps.text);
     } while (!found && !chance(r, gives_up));
 }
 
