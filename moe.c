@@ -704,16 +704,17 @@ INLINE void gemm_pack(real *to, size_t panel, const real *x, size_t row, size_t 
             to[p * width + r] = r < rest ? x[r * row + p * col] : 0;
 }
 
-// One tile: c[m,n] (+)= a[m,k] b[k,n], m <= MR and n <= nv * LANES, with b a packed panel. Rows of
-// a up to MR must be there.
+// One tile: c[m,n] (+)= a[m,k] b[k,n], m <= MR and n <= nv * LANES. Rows of a up to MR and columns
+// of b up to nv * LANES must be there.
 INLINE void gemm_tile(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
-                      size_t a_col, const real *b, size_t m, size_t n, size_t k, int add, int nv)
+                      size_t a_col, const real *b, size_t b_row, size_t m, size_t n, size_t k,
+                      int add, int nv)
 {
     vec zero = {0}, acc[MR][NV];
     UNROLL for (int i = 0; i < MR; i++)
         UNROLL for (int v = 0; v < nv; v++)
             acc[i][v] = zero;
-    UNROLL_4 for (size_t p = 0; p < k; p++, a += a_col, b += NR) {
+    UNROLL_4 for (size_t p = 0; p < k; p++, a += a_col, b += b_row) {
         vec bp[NV];
         UNROLL for (int v = 0; v < nv; v++)
             bp[v] = vec_load(b + (size_t)v * LANES);
@@ -741,10 +742,11 @@ INLINE void gemm_tile(real *c, size_t c_row, size_t c_col, const real *a, size_t
         }
 }
 
-// c[m,n] (+)= a[m,k] b[k,n] with b in packed panels, b_panel numbers apart.
-static void gemm_packed(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
-                        size_t a_col, const real *b, size_t b_panel, size_t m, size_t n, size_t k,
-                        int add)
+// c[m,n] (+)= a[m,k] b[k,n] with b in panels of NR columns, b_panel numbers apart, their rows b_row
+// apart: packed ones, or those of a matrix as it stands.
+static void gemm_panels(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
+                        size_t a_col, const real *b, size_t b_panel, size_t b_row, size_t m,
+                        size_t n, size_t k, int add)
 {
     static THREAD_LOCAL real a_pack[MC * KC];
     int in_place = a_col == 1 || (a_row == 1 && n <= 4 * NR);
@@ -762,19 +764,26 @@ static void gemm_packed(real *c, size_t c_row, size_t c_col, const real *a, size
             }
             for (size_t j = 0; j < n; j += NR) {
                 real *cij = c + i * c_row + j * c_col;
-                const real *bj = b + j / NR * b_panel + p0 * NR;
+                const real *bj = b + j / NR * b_panel + p0 * b_row;
                 size_t nr = min_size(NR, n - j);
                 if (col == 1 && i + 2 * MR <= m) // the next panel of a, a part with each tile
                     for (size_t r = MR; r < 2 * MR; r++)
                         for (size_t p = kc * j / n; p < kc * (j + nr) / n; p += 16)
                             __builtin_prefetch(ai + r * row + p);
                 if (nr > LANES)
-                    gemm_tile(cij, c_row, c_col, ai, row, col, bj, mr, nr, kc, sum, NV);
+                    gemm_tile(cij, c_row, c_col, ai, row, col, bj, b_row, mr, nr, kc, sum, NV);
                 else
-                    gemm_tile(cij, c_row, c_col, ai, row, col, bj, mr, nr, kc, sum, 1);
+                    gemm_tile(cij, c_row, c_col, ai, row, col, bj, b_row, mr, nr, kc, sum, 1);
             }
         }
     }
+}
+
+static void gemm_packed(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
+                        size_t a_col, const real *b, size_t b_panel, size_t m, size_t n, size_t k,
+                        int add)
+{
+    gemm_panels(c, c_row, c_col, a, a_row, a_col, b, b_panel, NR, m, n, k, add);
 }
 
 static void gemm_blocked(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
@@ -792,47 +801,39 @@ static void gemm_blocked(real *c, size_t c_row, size_t c_col, const real *a, siz
 }
 
 // One row or two times a transposed matrix, as in decoding: to pack anything would take longer than
-// the product. So here the vectors run along p: lane l of a sum takes every p with p % LANES == l,
-// the lanes are added in pairs, then what is left of k. This order is not that of gemm_blocked.
-INLINE void dots(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
-                 const real *b, size_t b_col, size_t n, size_t k, int add, size_t rows)
+// the product. So here the vectors run along p: lane l of chain q of a sum takes every p with
+// p / LANES % CHAINS == q and p % LANES == l, the last vectors of k going to chain 0; chains and
+// lanes are added in pairs, then what is left of k. This order is not that of gemm_blocked.
+enum { FEW = 2, CHAINS = 4 };
+
+INLINE void gemm_few_rows(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
+                          const real *b, size_t b_col, size_t n, size_t k, int add, size_t rows)
 {
-    vec zero = {0}, acc[2][4];
-    const real *bj[4]; // past the edge the last column again, not to be stored
-    UNROLL for (size_t j = 0; j < 4; j++) {
-        bj[j] = b + min_size(j, n - 1) * b_col;
-        acc[0][j] = acc[1][j] = zero;
-    }
-    size_t p = 0;
-    for (; p + LANES <= k; p += LANES)
-        UNROLL for (size_t j = 0; j < 4; j++)
+    for (size_t j = 0; j < n; j++, b += b_col) {
+        vec zero = {0}, acc[FEW][CHAINS];
+        UNROLL for (size_t i = 0; i < rows; i++)
+            UNROLL for (size_t q = 0; q < CHAINS; q++)
+                acc[i][q] = zero;
+        size_t p = 0;
+        for (; p + CHAINS * LANES <= k; p += CHAINS * LANES)
+            UNROLL for (size_t q = 0; q < CHAINS; q++)
+                UNROLL for (size_t i = 0; i < rows; i++)
+                    acc[i][q] += vec_load(a + i * a_row + p + q * LANES) *
+                                 vec_load(b + p + q * LANES);
+        for (; p + LANES <= k; p += LANES)
             UNROLL for (size_t i = 0; i < rows; i++)
-                acc[i][j] += vec_load(a + i * a_row + p) * vec_load(bj[j] + p);
-    UNROLL for (size_t j = 0; j < 4; j++)
+                acc[i][0] += vec_load(a + i * a_row + p) * vec_load(b + p);
         UNROLL for (size_t i = 0; i < rows; i++) {
             real lane[LANES], rest = 0;
-            vec_store(lane, acc[i][j]);
+            vec_store(lane, (acc[i][0] + acc[i][1]) + (acc[i][2] + acc[i][3]));
             UNROLL for (size_t half = LANES / 2; half > 0; half /= 2)
                 UNROLL for (size_t l = 0; l < half; l++)
                     lane[l] += lane[l + half];
             for (size_t q = p; q < k; q++)
-                rest += a[i * a_row + q] * bj[j][q];
+                rest += a[i * a_row + q] * b[q];
             real *cij = c + i * c_row + j * c_col;
-            if (j < n)
-                *cij = add ? *cij + (lane[0] + rest) : lane[0] + rest;
+            *cij = add ? *cij + (lane[0] + rest) : lane[0] + rest;
         }
-}
-
-enum { FEW = 2 };
-
-static void gemm_few_rows(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
-                          const real *b, size_t b_col, size_t m, size_t n, size_t k, int add)
-{
-    for (size_t j = 0; j < n; j += 4) { // four columns of b stay in L1 for all rows of a
-        real *cj = c + j * c_col;
-        const real *bj = b + j * b_col;
-        if (m == 2) dots(cj, c_row, c_col, a, a_row, bj, b_col, n - j, k, add, 2);
-        if (m == 1) dots(cj, c_row, c_col, a, a_row, bj, b_col, n - j, k, add, 1);
     }
 }
 
@@ -842,8 +843,12 @@ static void gemm(real *c, size_t c_row, size_t c_col, const real *a, size_t a_ro
                  const real *b, size_t b_row, size_t b_col, size_t m, size_t n, size_t k, int add)
 {
     int transpose = a_col == 1 && b_row == 1; // to pack b is to transpose it
-    if (transpose && m <= FEW)
-        gemm_few_rows(c, c_row, c_col, a, a_row, b, b_col, m, n, k, add);
+    if (transpose && m == FEW)
+        gemm_few_rows(c, c_row, c_col, a, a_row, b, b_col, n, k, add, FEW);
+    else if (transpose && m == 1)
+        gemm_few_rows(c, c_row, c_col, a, a_row, b, b_col, n, k, add, 1);
+    else if (m <= MR && b_col == 1 && n % NR == 0) // b would be read from its packing but once
+        gemm_panels(c, c_row, c_col, a, a_row, a_col, b, NR, b_row, m, n, k, add);
     else if (transpose && 2 * m < n) // c^T = b^T a^T: pack a, the smaller, and take b in place
         gemm_blocked(c, c_col, c_row, b, b_col, b_row, a, a_col, a_row, n, m, k, add);
     else
@@ -2987,32 +2992,48 @@ static int combine_terms(Term *c, const Term *a, char op, const Term *b, Line *s
     return 1;
 }
 
-// A random way from all the numbers to the last two, as the text of its steps.
-static void pick_way(Term last[2], const Question *q, Random *r, Line *way)
+static uint64_t count_ways(size_t n) // from n numbers to two: pairs x operators, at each step
+{
+    return n > 2 ? 2 * n * (n - 1) * count_ways(n - 1) : 1;
+}
+
+// The way of that number from all the numbers to the last two, and the text of its steps; 0 if one
+// of them is not for countdown.
+static int take_way(Term last[2], const Question *q, uint64_t way, Line *steps)
 {
     Term at[NUMBERS], c;
-    size_t n = q->n;
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < q->n; i++) {
         at[i].value = q->number[i];
         snprintf(at[i].text, sizeof at[i].text, "%ld", q->number[i]);
     }
-    way->length = 0;
-    while (n > 2) {
-        size_t i = (size_t)pick(r, (long)n), j = (size_t)pick(r, (long)n);
-        if (i == j || !combine_terms(&c, &at[i], operators[pick(r, 4)], &at[j], way)) continue;
+    steps->length = 0;
+    for (size_t n = q->n; n > 2; n--) {
+        size_t op = way % 4, pair = way / 4 % (n * (n - 1) / 2), i = 0;
+        way /= 2 * n * (n - 1);
+        for (; pair >= n - 1 - i; i++) pair -= n - 1 - i; // (0,1) (0,2) .. (1,2) ..
+        size_t j = i + 1 + pair;
+        const Term *x = &at[i], *y = &at[j];
+        if (!(x->value < y->value ? combine_terms(&c, y, operators[op], x, steps)
+                                  : combine_terms(&c, x, operators[op], y, steps))) return 0;
         at[i] = c;
-        at[j] = at[--n];
+        at[j] = at[n - 1];
     }
     int second = at[0].value < at[1].value;
     last[0] = at[second];
     last[1] = at[!second];
+    return 1;
+}
+
+static uint64_t pick_way(const Question *q, Random *r)
+{
+    return random_u64(r->seed, r->stream, r->counter++) % count_ways(q->n);
 }
 
 static void guess_countdown(Term *answer, const Question *q, Random *r)
 {
     Term last[2];
     Line way;
-    pick_way(last, q, r, &way);
+    while (!take_way(last, q, pick_way(q, r), &way)) {}
     while (!combine_terms(answer, &last[0], operators[pick(r, 4)], &last[1], &way)) {}
 }
 
@@ -3092,26 +3113,26 @@ static void work_sort(Line *line, Question *q, Random *r, double slips)
     }
 }
 
-// Countdown by search: a new way to two numbers and what these two make, until the target is there
-// or patience ends, with some chance after each way. Once the line is half full, the next is right.
-// The answer is the last. The target is said again each time: a small model does not compare with
-// what it read long ago.    64: 3*5=15 15+8=23 15-8=7 15*8=120, 64: 5+3=8 8+8=16 8-8=0 8*8=64
+// Countdown by search: the ways to two numbers in order, from any one on, and what these two make,
+// until the target is there or patience ends, with some chance after each way; once the line is half
+// full, only the way that gets there is written. The answer is the last. The target is said again
+// each time: a small model does not compare with what it read long ago.
+//     64: 5*3=15 15+8=23 15-8=7 15*8=120, 64: 8+3=11 11+5=16 ... 64: 5+3=8 8+8=16 8-8=0 8*8=64
 static void work_countdown(Line *line, Term *answer, const Question *q, Random *r, double gives_up)
 {
-    Line tried = {0, ""}, steps;
+    uint64_t ways = count_ways(q->n), first = pick_way(q, r);
     Term last[2];
-    int found = 0, again;
-    do {
-        do {
-            pick_way(last, q, r, &steps);
-            again = steps.length && strstr(tried.text, steps.text);
-            if (!again) put(&tried, "%s,", steps.text);
-            for (size_t i = 0; i < 4 && !found; i++)
-                found = combine_terms(answer, &last[0], operators[i], &last[1], &steps) &&
-                        answer->value == q->target;
-        } while (!found && (again || line->length > LINE / 2));
+    Line steps;
+    int found = 0, tired = 0;
+    for (uint64_t k = 0; k < ways && !found && !tired; k++) {
+        if (!take_way(last, q, (first + k) % ways, &steps)) continue;
+        for (size_t i = 0; i < 4 && !found; i++)
+            found = combine_terms(answer, &last[0], operators[i], &last[1], &steps) &&
+                    answer->value == q->target;
+        if (!found && line->length > LINE / 2) continue;
         put(line, "%s%ld: %s", line->length ? ", " : "", q->target, steps.text);
-    } while (!found && !chance(r, gives_up));
+        tired = chance(r, gives_up);
+    }
 }
 
 // The value p / q of an expression, q = 0 if it has none; each number it uses is taken out of those
@@ -3275,7 +3296,6 @@ static Path path_join(const char *directory, const char *name)
     return p;
 }
 
-// JSON, strictly as RFC 8259 has it, at most JSON_DEPTH deep, no key twice. A string's text lies in
 // JSON, strictly as RFC 8259 has it, at most JSON_DEPTH deep, no key twice. A string's text lies in
 // the parsed buffer, its escapes replaced and a 0 after it; all values lie in one array.
 enum { JSON_DEPTH = 32, JSON_VALUES = 1 << 22, JSON_BYTES = 100 << 20 };

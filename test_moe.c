@@ -997,6 +997,7 @@ static void test_gemm(void)
     for (size_t i = 0; i < 600; i++) {
         int *size = random_ints(3, 71, i);
         if (i % 4 == 0) size[0] %= 10; // few rows
+        if (i % 8 == 0) size[1] = (int)(ceil_div((size_t)size[1], NR) * NR); // and whole panels
         check_gemm((size_t)size[0], (size_t)size[1], (size_t)size[2], (int)(i / 2 % 8), (int)i % 2,
                    10 * i);
     }
@@ -1015,11 +1016,12 @@ static void test_gemm_bits(void)
     enum { M = 150, N = 170, K = KC + 37 };
     real *a = random_reals(M * K, 1), *b = random_reals(N * K, 2);
     real *whole = reals(M * N), *parts = reals(M * N);
-    static const size_t cut[][2] = {{M, N}, {1, N}, {9, 11}, {50, 37}, {71, N}, {M, 16}};
+    static const size_t cut[][2] = {{M, N}, {1, N}, {9, 11}, {50, 37}, {71, N}, {M, 16},
+                                    {MR - 1, 2 * NR}};
     for (int b_t = 0; b_t < 2; b_t++) {
         size_t b_row = b_t ? 1 : N, b_col = b_t ? K : 1;
         gemm(whole, N, 1, a, K, 1, b, b_row, b_col, M, N, K, SET);
-        for (size_t i = 0; i < 6; i++) {
+        for (size_t i = 0; i < sizeof cut / sizeof *cut; i++) {
             size_t rows = b_t && cut[i][0] <= FEW ? FEW + 1 : cut[i][0], cols = cut[i][1];
             for (size_t r = 0, take; r < M; r += take) {
                 take = min_size(rows, M - r);
