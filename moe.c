@@ -3114,9 +3114,9 @@ static void work_sort(Line *line, Question *q, Random *r, double slips)
 }
 
 // Countdown by search: the ways to two numbers in order, from any one on, and what these two make,
-// until the target is there or patience ends, with some chance after each way; once the line is half
-// full, only the way that gets there is written. The answer is the last. The target is said again
-// each time: a small model does not compare with what it read long ago.
+// until the target is there or patience ends, with some chance after each way; once the line is
+// half full, only the way that gets there is written. The answer is the last. The target is said
+// again each time: a small model does not compare with what it read long ago.
 //     64: 5*3=15 15+8=23 15-8=7 15*8=120, 64: 8+3=11 11+5=16 ... 64: 5+3=8 8+8=16 8-8=0 8*8=64
 static void work_countdown(Line *line, Term *answer, const Question *q, Random *r, double gives_up)
 {
@@ -5422,10 +5422,11 @@ static double flops_forward(const Config *c, size_t T, int mtp)
 }
 
 // A row of a table: numbers, NAN where there is none, and what was published of them, else 0.
-typedef struct { const char *name; double value[3], published[3]; } Row;
+enum { COLUMNS = 7 };
+typedef struct { const char *name; double value[COLUMNS], published[COLUMNS]; } Row;
 
-// What shows a number as 1.234G: the letters for 1, 1e3, 1e6 ...; or else as a share.
-static const char counts[] = " KMBT", units[] = " KMGTPEZY", percent[] = "%";
+// How a number is shown: as 1.234G, by the letters for 1, 1e3, 1e6 ..., or as 12.34 or +1.23%.
+static const char counts[] = " KMBT", units[] = " KMGTPEZY", decimals[] = "", percent[] = "%";
 
 static const char *show_scaled(char *room, double x, const char *letters) // 32 characters
 {
@@ -5433,6 +5434,7 @@ static const char *show_scaled(char *room, double x, const char *letters) // 32 
     while (fabs(x) >= 999.9995 && letters[k] && letters[k + 1]) x /= 1000, k++;
     if (isnan(x)) *room = 0;
     else if (letters == percent) snprintf(room, 32, "%+.2f%%", 100 * x);
+    else if (letters == decimals) snprintf(room, 32, "%.*f", x == floor(x) ? 0 : 2, x);
     else if (k) snprintf(room, 32, "%.3f%c", x, letters[k]);
     else snprintf(room, 32, "%.4g", x);
     return room;
@@ -5443,21 +5445,23 @@ static void print_table(int json, const char *name, const char *columns, const c
                         const Row *row, size_t rows, const char *note, ...)
 {
     static const char *const titles[3] = {NULL, "published", "difference"};
-    const char *column[3];
-    int width[3], n = 0;
+    const char *column[COLUMNS];
+    int width[COLUMNS], n = 0;
     char room[32];
     va_list args;
     for (const char *c = columns; *c; c += width[n] + (c[width[n]] == ' '), n++)
         column[n] = c, width[n] = (int)strcspn(c, " ");
-    printf(json ? ",\n  \"%s\": {" : "\n%-34s", name);
-    for (int k = 0; k < n && !json; k++) printf("%20.*s", width[k], column[k]);
+    int wide = n > 3 ? 10 : 20, names = n > 3 ? 24 : 34;
+    if (json) printf(",\n  \"%s\": {", name);
+    else printf("\n%-*s", names, name);
+    for (int k = 0; k < n && !json; k++) printf("%*.*s", wide, width[k], column[k]);
     va_start(args, note);
     if (!json) printf("\n  "), vprintf(note, args), printf("\n");
     va_end(args);
     for (const Row *r = row; r < row + rows; r++) {
-        double line[3][3]; // ours, what was published, and how far ours is from it
+        double line[3][COLUMNS]; // ours, what was published, and how far ours is from it
         int lines = 1;
-        for (size_t k = 0; k < 3; k++) {
+        for (int k = 0; k < n; k++) {
             line[0][k] = r->value[k];
             line[1][k] = r->published[k] > 0 ? r->published[k] : NAN;
             line[2][k] = line[0][k] / line[1][k] - 1;
@@ -5466,10 +5470,10 @@ static void print_table(int json, const char *name, const char *columns, const c
         for (int i = 0; i < lines; i++) {
             const char *title = i ? titles[i] : r->name, *comma = "";
             if (json) printf("%s\"%s\": {", i ? ", " : r > row ? ",\n    " : "\n    ", title);
-            else printf(i ? "    %-30s" : "  %-32s", title);
+            else printf("%*s%-*s", i ? 4 : 2, "", names - (i ? 4 : 2), title);
             for (int k = 0; k < n; k++) {
                 double x = line[i][k];
-                if (!json) printf("%20s", show_scaled(room, x, i == 2 ? percent : letters));
+                if (!json) printf("%*s", wide, show_scaled(room, x, i == 2 ? percent : letters));
                 else if (!isnan(x)) printf("%s\"%.*s\": %.15g", comma, width[k], column[k], x);
                 if (!isnan(x)) comma = ", ";
             }
@@ -5802,127 +5806,138 @@ static double bench_generate(const Model *m, size_t T, int speculate, double *ta
     return (double)(g.generated - 1) / g.seconds;
 }
 
-static int command_bench(const Options *o)
-{
-    Config c = config_from_options(o);
-    size_t T = sequence_length(o, &c), B = o->batch, steps = o->bench_steps, N = size_mul(B, T);
-    int muon = is_muon(o->bench_optimizer), json = o->json, threads = thread_count();
-    NEED(B > 0 && T >= 8, "--batch must be at least 1 and --seq 8");
-    NEED(steps > 0, "--steps must be at least 1");
-    memory_plan(&c, 1, B, T, 0);
-    Model m = model_from_options(o, &c, 1);
-    size_t active = 0; // bytes of weights that a token reads
-    for (size_t i = 0; i < m.layout.tensors; i++)
-        if (m.layout.tensor[i].layer < (int)c.L)
-            active += (size_t)active_size(&c, &m.layout.tensor[i]) * sizeof(real);
+// What the machine can do: with one thread, and with all.
+typedef struct { double flops[2], memory[2], cache[2], weights[2]; } Machine;
 
-    // the machine
-    double flops[2], memory[2], cache[2], weights[2];
+static Machine bench_machine(int json, size_t weights)
+{
+    const size_t cache = (size_t)128 << 10, memory = (size_t)256 << 20;
+    int threads = thread_count();
+    Machine k;
     for (int all = 0; all < 2; all++) {
         int n = all ? threads : 1;
-        flops[all] = measure_flops(n);
-        memory[all] = measure_read((size_t)256 << 20, n);
-        cache[all] = measure_read(((size_t)128 << 10) * (size_t)n, n);
-        weights[all] = measure_read(active, n);
+        k.flops[all] = measure_flops(n);
+        k.cache[all] = measure_read(cache * (size_t)n, n);
+        k.weights[all] = measure_read(weights, n);
+        k.memory[all] = measure_read(memory, n);
     }
-    if (json) {
-        printf("{\"threads\": %d, \"flops\": [%.4g, %.4g], \"memory\": [%.4g, %.4g], ", threads,
-               flops[0], flops[1], memory[0], memory[1]);
-        printf("\"cache\": [%.4g, %.4g], \"weights\": [%.4g, %.4g],\n \"operations\": {", cache[0],
-               cache[1], weights[0], weights[1]);
-    } else {
-        char title[32];
-        snprintf(title, sizeof title, "%d thread%s", threads, threads > 1 ? "s" : "");
-        printf("the machine                           1 thread  %10s\n", title);
-        printf("  multiply-adds, GFLOP/s             %9.1f  %10.1f\n", flops[0] * 1e-9,
-               flops[1] * 1e-9);
-#define READ_ROW(what, megabytes, rate) \
-        printf("  read, %-12s %9.2f MB, GB/s %8.1f  %10.1f\n", what, megabytes, rate[0] * 1e-9, \
-               rate[1] * 1e-9)
-        READ_ROW("cache", 0.131072, cache);
-        READ_ROW("a token's", (double)active * 1e-6, weights);
-        READ_ROW("memory", 268.435456, memory);
-    }
+#define BENCH_RATES(name, rate) {name, {1e-9 * rate[0], 1e-9 * rate[1]}, {0}}
+    const Row row[] = {
+        BENCH_RATES("multiply-adds,_GFLOP/s", k.flops),
+        BENCH_RATES("cache,_GB/s", k.cache),
+        BENCH_RATES("a_token's_weights,_GB/s", k.weights),
+        BENCH_RATES("memory,_GB/s", k.memory),
+    };
+    print_table(json, "machine", "1_thread all_threads", decimals, ROWS(row),
+                "%d thread%s; reading %.2f MB a thread, the %.2f MB of weights that a token meets, "
+                "and %.0f MB", threads, threads > 1 ? "s" : "", 1e-6 * (double)cache,
+                1e-6 * (double)weights, 1e-6 * (double)memory);
+    return k;
+}
 
-    // a training step
-    Acts a = acts_make(&m.config, B, T, 1);
-    Optimizer opt = optimizer_make(&m);
-    Recipe recipe = recipe_make(o, muon, o->check_lr, o->check_lr, o->check_bias_speed);
+// A training step, by operation.
+static void bench_step(const Options *o, Model *m, const Machine *k, size_t B, size_t T)
+{
+    const Config *c = &m->config;
+    Acts a = acts_make(c, B, T, 1);
+    Optimizer opt = optimizer_make(m);
+    Recipe recipe = recipe_make(o, is_muon(o->bench_optimizer), o->check_lr, o->check_lr,
+                                o->check_bias_speed);
     int *tokens = (int *)host_alloc(B * (T + 1), sizeof(int));
-    for (size_t i = 0; i < B * (T + 1); i++) tokens[i] = (int)(random_u64(o->seed, 7, i) % c.V);
+    for (size_t i = 0; i < B * (T + 1); i++) tokens[i] = (int)(random_u64(o->seed, 7, i) % c->V);
     acts_load(&a, tokens);
     free(tokens);
-    Meter best[METERS] = {{NULL, 0, 0, 0, 0}};
-    double seconds = INFINITY, counted = 0;
-    for (size_t step = 0; step < steps + 2; step++) { // two to warm up
+    Meter best[METERS];
+    Row row[METERS + 1];
+    double seconds = INFINITY, rest = 1, work = 3 * flops_forward(c, T, 1) * (double)(B * T);
+    size_t n = 0, count = 0;
+    for (size_t step = 0; step < o->bench_steps + 2; step++) { // two to warm up
         metered.on = step >= 2;
         metered.count = 0;
         memset(metered.meter, 0, sizeof metered.meter);
         double start = now();
-        model_forward(&m, &a);
-        model_backward(&m, &a, 1);
-        optimizer_count_load(&opt, &m, &a);
-        optimizer_step(&opt, &m, &recipe, grad_norm(&m));
+        model_forward(m, &a);
+        model_backward(m, &a, 1);
+        optimizer_count_load(&opt, m, &a);
+        optimizer_step(&opt, m, &recipe, grad_norm(m));
         double took = now() - start;
         if (!metered.on || took >= seconds) continue;
         seconds = took;
+        count = metered.count;
         memcpy(best, metered.meter, sizeof best);
     }
     metered.on = 0;
-    double work = 3 * flops_forward(&c, T, 1) * (double)N;
-    size_t grown = min_size(T, 256); // tokens of a sequence at the end of decoding
-    if (!json)
-        printf("\na step of %zu x %zu tokens with %s, the fastest of %zu\n"
-               "  %-24s %5s %9s %6s %8s %8s %7s %9s\n", B, T, muon ? "muon" : "adamw", steps,
-               "operation", "calls", "ms", "share", "GFLOP/s", "of peak", "GB/s", "of memory");
-    for (size_t i = 0; best[i].name; i++) {
-        const Meter *t = &best[i];
-        double rate = t->flops / t->seconds, bytes = t->bytes / t->seconds;
-        counted += t->seconds;
-        if (json)
-            printf("%s\n  \"%s\": {\"calls\": %zu, \"seconds\": %.6g, \"flops\": %.6g, \"bytes\": "
-                   "%.6g}", i ? "," : "", t->name, t->calls, t->seconds, t->flops, t->bytes);
-        else
-            printf("  %-24s %5zu %9.3f %5.1f%% %8.1f %7.1f%% %7.1f %8.1f%%\n", t->name, t->calls,
-                   1e3 * t->seconds, 100 * t->seconds / seconds, 1e-9 * rate,
-                   100 * rate / flops[1], 1e-9 * bytes, 100 * bytes / memory[1]);
+    for (const Meter *t = best; t < best + count; t++, n++) {
+        double flops = t->flops > 0 ? t->flops / t->seconds : NAN, share = t->seconds / seconds;
+        double bytes = t->bytes > 0 ? t->bytes / t->seconds : NAN;
+        const Row r = {t->name, {(double)t->calls, 1e3 * t->seconds, 100 * share, 1e-9 * flops,
+                                 100 * flops / k->flops[1], 1e-9 * bytes,
+                                 100 * bytes / k->memory[1]}, {0}};
+        row[n] = r;
+        rest -= share;
     }
-    if (json)
-        printf("},\n \"step\": {\"tokens\": %zu, \"seconds\": %.6g, \"flops\": %.6g},\n "
-               "\"decode\": {", N, seconds, work);
-    else
-        printf("  %-24s %5s %9.3f %5.1f%%\n  whole step: %.0f tokens/s, %.1f GFLOP/s of useful "
-               "work, %.1f%% of peak\n\ndecoding, sequences of %zu tokens\n"
-               "  %-12s %10s %14s %12s\n", "between operations", "", 1e3 * (seconds - counted),
-               100 * (1 - counted / seconds), (double)N / seconds, 1e-9 * work / seconds,
-               100 * work / seconds / flops[1], grown, "sequences", "tokens/s", "GFLOP/s",
-               "of peak");
+    const Row between = {"between_operations", {NAN, 1e3 * rest * seconds, 100 * rest, NAN, NAN,
+                                                NAN, NAN}, {0}};
+    row[n++] = between;
+    print_table(o->json, "step", "calls ms %_of_it GFLOP/s %_of_peak GB/s %_memory", decimals, row,
+                n, "%zu x %zu tokens with %s, the fastest of %zu", B, T, o->bench_optimizer,
+                o->bench_steps);
+    const Row whole = {"whole_step", {(double)(B * T) / seconds, 1e-9 * work / seconds,
+                                      100 * work / seconds / k->flops[1]}, {0}};
+    print_table(o->json, "training", "tokens/s GFLOP/s %_of_peak", counts, &whole, 1,
+                "useful work: six operations for each weight that a token meets, and attention's "
+                "causal half");
     acts_free(&a);
     optimizer_free(&opt);
+}
 
+// Decoding with many sequences at once, and with drafts.
+static void bench_decoding(int json, const Model *m, const Machine *k, size_t weights, size_t T)
+{
+    static const char *const names[] = {"1", "8", "64", "512"};
+    size_t n = 0, grown = min_size(T, 256); // tokens of a sequence at the end
     // the work of a token is that of the forward pass of a sequence as long as grown / 2 .. grown
-    double token_work = flops_forward(&c, grown + grown / 2, 0);
-    for (size_t n = 1; n <= 512; n *= 8) {
-        Decoder plan = decoder_plan(&m, n, grown, 1, n, grown);
+    double work = flops_forward(&m->config, grown + grown / 2, 0), taken = 0;
+    Row row[6];
+    for (size_t slots = 1; n < 4; slots *= 8, n++) {
+        Decoder plan = decoder_plan(m, slots, grown, 1, slots, grown);
         int fits = (double)plan.arena.used < free_memory();
         decoder_free(&plan);
         if (!fits) break;
-        double rate = bench_decode(&m, n, grown);
-        if (json) printf("%s\"%zu\": %.6g", n > 1 ? ", " : "", n, rate);
-        else printf("  %-12zu %10.0f %14.1f %11.1f%%\n", n, rate, 1e-9 * rate * token_work,
-                    100 * rate * token_work / flops[1]);
-        if (n == 1 && !json)
-            printf("  %-12s %10s %14.1f %11.1f%%  of reading a token's weights\n", "", "GB/s",
-                   1e-9 * rate * (double)active, 100 * rate * (double)active / weights[1]);
+        double rate = bench_decode(m, slots, grown), read = rate * (double)weights;
+        const Row r = {names[n], {rate, 1e-9 * rate * work, 100 * rate * work / k->flops[1],
+                                  n ? NAN : 1e-9 * read, n ? NAN : 100 * read / k->weights[1]},
+                       {0}};
+        row[n] = r;
     }
-    if (c.D > 0) {
-        double taken, plain = bench_generate(&m, grown, 0, &taken);
-        double drafting = bench_generate(&m, grown, 1, &taken);
-        if (json) printf(", \"generate\": %.6g, \"speculate\": %.6g", plain, drafting);
-        else printf("  generating %.0f tokens/s, with --speculate %.0f, %.0f%% of drafts taken\n",
-                    plain, drafting, 100 * taken);
+    for (int speculate = 0; speculate < 2 && m->config.D > 0; speculate++) {
+        double rate = bench_generate(m, grown, speculate, &taken);
+        const Row r = {speculate ? "speculate" : "generate", {rate, NAN, NAN, NAN, NAN}, {0}};
+        row[n++] = r;
     }
-    if (json) printf("}}\n");
+    print_table(json, "decode", "tokens/s GFLOP/s %_of_peak GB/s %_of_GB/s", counts, row, n,
+                "so many sequences of %zu tokens; GB/s: of reading a token's weights%s", grown,
+                m->config.D ? "; generate: one text, with its drafts: speculate" : "");
+    if (m->config.D && !json) printf("  %.0f%% of the drafts were taken\n", 100 * taken);
+}
+
+static int command_bench(const Options *o)
+{
+    Config c = config_from_options(o);
+    size_t T = sequence_length(o, &c), B = o->batch, weights = 0;
+    is_muon(o->bench_optimizer);
+    NEED(B > 0 && T >= 8, "--batch must be at least 1 and --seq 8");
+    NEED(o->bench_steps > 0, "--steps must be at least 1");
+    memory_plan(&c, 1, B, T, 0);
+    Model m = model_from_options(o, &c, 1);
+    for (size_t i = 0; i < m.layout.tensors; i++) // that a token reads, in bytes
+        if (m.layout.tensor[i].layer < (int)c.L)
+            weights += (size_t)active_size(&c, &m.layout.tensor[i]) * sizeof(real);
+    if (o->json) printf("{\n  \"threads\": %d", thread_count());
+    Machine k = bench_machine(o->json, weights);
+    bench_step(o, &m, &k, B, T);
+    bench_decoding(o->json, &m, &k, weights, T);
+    if (o->json) printf("\n}\n");
     model_free(&m);
     return 0;
 }
