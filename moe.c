@@ -4479,6 +4479,7 @@ typedef struct {
     int *tokens;           // [B, T + 1]
     size_t step;           // steps done
     size_t saved;          // step of the last save, 0: none
+    size_t bad;            // updates in a row that were not finite
     double val_loss;       // of the last validation, NAN before
     double train_loss;     // running mean
     double start;          // time at which this program began, having done first_step
@@ -4702,7 +4703,33 @@ static void prepare_directory(const Options *o, const Config *c)
          "%s: holds a model of another shape; remove it or choose another --out", o->out);
 }
 
-enum { BAD_STEPS = 5 }; // in a row that end a run
+// Counts updates that were not finite and so were left out; enough in a row end the run.
+static void run_count_bad(Run *r, const Options *o, size_t bad)
+{
+    enum { TOO_MANY = 5 };
+    r->bad = bad ? r->bad + bad : 0;
+    if (r->bad >= TOO_MANY)
+        die(FAILED, "%zu steps in a row were not finite; %s %s; try a smaller --lr", r->bad,
+            r->saved ? "the last good state is in" : "no state is in", o->out);
+}
+
+static int run_stops(const Run *r, const Options *o)
+{
+    return r->step == o->steps || stop_signal || (o->stop_after && r->step >= o->stop_after);
+}
+
+// Ends a run and returns the command's exit status.
+static int run_end(Run *r, const Options *o, FILE *log)
+{
+    int failed = ferror(log), stopped = r->step < o->steps;
+    if (fclose(log) || failed) die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    if (stopped)
+        printf("stopped after step %zu of %zu, saved; go on with ./moe %s --resume %s\n", r->step,
+               o->steps, r->command == RL ? "rl" : "train", o->out);
+    free(r->tokens);
+    free(r->text.bytes);
+    return stopped && stop_signal ? 128 + stop_signal : 0;
+}
 
 static int command_train(const Options *o)
 {
@@ -4717,13 +4744,13 @@ static int command_train(const Options *o)
     if (*o->resume) run_load(&r, o, &m, &opt, NULL);
     FILE *log = log_open(&r, o, "step,loss,val_loss,mtp_loss,balance_loss,max_load,grad_norm,lr\n");
     Acts a = acts_make(c, r.B, r.T, 1);
-    int muon = is_muon(o->optimizer), last = 0, stop = 0, bad = 0;
+    int muon = is_muon(o->optimizer), stop = 0;
     catch_signals();
     printf("memory: %s\n%zu parameters, %zu layers, %zu of %zu experts a token; %zu x %zu tokens a "
            "step, %s, %d threads\n", memory, parameters(&m.layout), c->L, c->K, c->E,
            r.B * o->accumulate, r.T, o->optimizer, thread_count());
     fflush(stdout);
-    while (!last && !stop) {
+    while (!stop) {
         double share = schedule(o, r.step), rate = o->lr * share;
         Recipe recipe = recipe_make(o, muon, rate, (muon ? o->adam_lr : o->lr) * share,
                                     o->bias_speed);
@@ -4733,17 +4760,15 @@ static int command_train(const Options *o)
         if (isfinite(s.total) && isfinite(norm)) {
             optimizer_step(&opt, &m, &recipe, norm);
             r.train_loss = isnan(r.train_loss) ? s.main : 0.95 * r.train_loss + 0.05 * s.main;
-            bad = 0;
+            run_count_bad(&r, o, 0);
         } else { // nothing of it may reach the weights
             printf("step %zu: the loss is %g and the gradient's norm %g: skipped\n", r.step,
                    s.total, norm);
             optimizer_skip(&opt, &m);
-            if (++bad == BAD_STEPS)
-                die(FAILED, "%d steps in a row were not finite; %s %s; try a smaller --lr",
-                    BAD_STEPS, r.saved ? "the last good state is in" : "no state is in", o->out);
+            run_count_bad(&r, o, 1);
         }
-        last = r.step == o->steps;
-        stop = stop_signal || (o->stop_after && r.step >= o->stop_after);
+        int last = r.step == o->steps;
+        stop = run_stops(&r, o);
         fprintf(log, "%zu,%.6f,", r.step, s.main);
         if (r.n_val && (last || (o->val_every && r.step % o->val_every == 0))) {
             size_t n = last ? r.n_val : min_size(r.n_val, 16 * 1024 + 1); // all at the end
@@ -4751,15 +4776,14 @@ static int command_train(const Options *o)
             fprintf(log, "%.6f", r.val_loss);
         }
         fprintf(log, ",%.6f,%.6f,%.4f,%.6f,%.8f\n", s.mtp, s.balance, load, norm, rate);
-        if (isatty(1) || last || stop || (o->log_every && r.step % o->log_every == 0))
+        if (isatty(1) || stop || (o->log_every && r.step % o->log_every == 0))
             run_print(&r, o, &s, load, norm, rate);
-        if (last || stop || (o->save_every && r.step % o->save_every == 0))
+        if (stop || (o->save_every && r.step % o->save_every == 0))
             run_save(&r, o, &m, &opt, NULL, log);
     }
     printf(isatty(1) ? "\n\n" : "\n");
-    int failed = ferror(log);
-    if (fclose(log) || failed) die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
-    if (last) {
+    int status = run_end(&r, o, log);
+    if (r.step == o->steps) {
         if (o->tokens && c->V > '\n') sample(&m, o, "\n", 0);
         if (r.n_val)
             printf("\nvalidation loss %.4f over all %zu tokens of the validation split\n",
@@ -4768,16 +4792,11 @@ static int command_train(const Options *o)
         print_duration(now() - r.start);
         printf("; the model is in %s\ntry ./moe sample --model %s --prompt \"ROMEO:\"\n", o->out,
                o->out);
-    } else {
-        printf("stopped after step %zu of %zu, saved; go on with ./moe train --resume %s\n", r.step,
-               o->steps, o->out);
     }
-    free(r.tokens);
-    free(r.text.bytes);
     optimizer_free(&opt);
     acts_free(&a);
     model_free(&m);
-    return stop_signal && !last ? 128 + stop_signal : 0;
+    return status;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -5261,6 +5280,25 @@ static int rl_collect(Exam *e, const Options *o)
     return 0;
 }
 
+static void rl_check(const Options *o, size_t answers)
+{
+    NEED(answers && o->group > 1 && o->steps,
+         "--questions and --steps must be at least 1, --group 2");
+    NEED(o->minibatches && o->minibatches <= answers && o->epochs,
+         "--minibatches and --epochs must be at least 1, --minibatches at most %zu, the answers of "
+         "a step", answers);
+    NEED(o->rl_temperature > 0, "--temperature must be above 0: answers that are all alike teach "
+         "nothing");
+}
+
+// The policy becomes the reference.
+static void rl_new_reference(Model *ref, const Model *m)
+{
+    device_copy(ref->weights, m->weights, m->layout.elements * sizeof(real));
+    if (has_master(m))
+        device_copy(ref->master, m->master, m->layout.elements * sizeof(accum));
+}
+
 // GRPO from questions to a better model.
 static int command_rl(const Options *given)
 {
@@ -5270,21 +5308,14 @@ static int command_rl(const Options *given)
     const Config *c = &config;
     Source source = source_open(o);
     size_t n = size_mul(o->questions, o->group), most = exam_length(o, c);
-    NEED(n && o->group > 1 && o->steps,
-         "--questions and --steps must be at least 1, --group 2");
-    NEED(o->minibatches && o->minibatches <= n && o->epochs,
-         "--minibatches and --epochs must be at least 1, --minibatches at most %zu, the answers of "
-         "a step", n);
     int muon = is_muon(o->rl_optimizer);
-    NEED(o->rl_temperature > 0, "--temperature must be above 0: answers that are all alike teach "
-         "nothing");
+    rl_check(o, n);
     Run r;
     memset(&r, 0, sizeof r);
     r.command = RL;
-    r.start = now();
     r.val_loss = r.train_loss = NAN;
     size_t B = ceil_div(4096, most - 1);
-    Model m = model_load(o->model, !o->collect), ref;
+    Model m = model_load(o->model, !o->collect), reference, *ref = NULL;
     Decoder plan = decoder_plan(&m, n, most, 1, n, most);
     const char *memory = memory_plan(c, !o->collect, B, most - 1, plan.arena.used);
     decoder_free(&plan);
@@ -5292,9 +5323,11 @@ static int command_rl(const Options *given)
     if (o->collect) return rl_collect(&e, o);
     prepare_directory(o, c);
     Optimizer opt = optimizer_make(&m);
-    int with_ref = o->kl > 0;
-    if (with_ref) ref = model_load(o->model, has_master(&m));
-    if (*o->resume) run_load(&r, o, &m, &opt, with_ref ? &ref : NULL);
+    if (o->kl > 0) {
+        reference = model_load(o->model, has_master(&m));
+        ref = &reference;
+    }
+    if (*o->resume) run_load(&r, o, &m, &opt, ref);
     FILE *log = log_open(&r, o, "step,reward,accuracy,format,length,entropy,kl,clipped,flat,"
                          "grad_norm,test_accuracy,seconds,rollout_tokens_per_s,"
                          "update_tokens_per_s\n");
@@ -5303,60 +5336,45 @@ static int command_rl(const Options *given)
     a.alpha = a.mtp_weight = 0; // rewards alone; and the routers' biases stay as they are
     Recipe recipe = recipe_make(o, muon, o->lr, muon ? o->rl_adam_lr : o->lr, 0);
     const char *error = NULL;
+    int stop = 0;
     catch_signals();
     printf("memory: %s\n%zu questions x %zu answers a step, up to %zu tokens each, %d threads\n",
            memory, o->questions, o->group, o->max_tokens, thread_count());
     if (!r.step) r.val_loss = test_accuracy(&e, o->test, &error);
     printf("test accuracy %.1f%%\n", 100 * r.val_loss);
-    int last = 0, stop = 0;
-    size_t bad = 0;
     r.start = now();
-    while (!last && !stop && !error) {
+    while (!stop && !error) {
         Sampler sampler = {o->rl_temperature, 0, 1, o->seed, (r.step + 1) * n};
         error = exam_sit(&e, &sampler, 0, r.step * o->questions, o->questions, o->group);
         if (error) break;
-        RlStep s = rl_update(&e, o, &m, with_ref ? &ref : NULL, &a, B * (most - 1), &opt, &recipe,
-                             r.step);
+        RlStep s = rl_update(&e, o, &m, ref, &a, B * (most - 1), &opt, &recipe, r.step);
         r.step++;
-        bad = s.bad ? bad + s.bad : 0;
-        if (s.bad)
-            printf("step %zu: %zu updates were not finite: skipped\n", r.step, s.bad);
-        if (bad >= BAD_STEPS)
-            die(FAILED, "%zu updates in a row were not finite; %s %s; try a smaller --lr", bad,
-                r.saved ? "the last good state is in" : "no state is in", o->out);
-        if (with_ref && o->ref_every && r.step % o->ref_every == 0) {
-            device_copy(ref.weights, m.weights, m.layout.elements * sizeof(real));
-            if (has_master(&m))
-                device_copy(ref.master, m.master, m.layout.elements * sizeof(accum));
-        }
-        last = r.step == o->steps;
-        stop = stop_signal || (o->stop_after && r.step >= o->stop_after);
-        int tested = last || (o->test_every && r.step % o->test_every == 0);
+        if (s.bad) printf("step %zu: %zu updates were not finite: skipped\n", r.step, s.bad);
+        run_count_bad(&r, o, s.bad);
+        if (ref && o->ref_every && r.step % o->ref_every == 0) rl_new_reference(ref, &m);
+        stop = run_stops(&r, o);
+        int tested = r.step == o->steps || (o->test_every && r.step % o->test_every == 0);
         if (tested) r.val_loss = test_accuracy(&e, o->test, &error);
         rl_report(&r, o, &s, tested, log);
         rl_warn(&s);
         fflush(stdout);
-        if (last || stop || (o->save_every && r.step % o->save_every == 0))
-            run_save(&r, o, &m, &opt, with_ref ? &ref : NULL, log);
+        if (stop || (o->save_every && r.step % o->save_every == 0))
+            run_save(&r, o, &m, &opt, ref, log);
     }
     if (error) {
-        if (r.step > r.saved) run_save(&r, o, &m, &opt, with_ref ? &ref : NULL, log);
+        if (r.step > r.saved) run_save(&r, o, &m, &opt, ref, log);
         die(FAILED, "%s%s%s", error, r.step ? "; saved, go on with ./moe rl --resume " : "",
             r.step ? o->out : "");
     }
     fflush(log);
     if (r.step > r.first_step) rl_plot(o->out);
-    if (!last)
-        printf("stopped after step %zu of %zu, saved; go on with ./moe rl --resume %s\n", r.step,
-               o->steps, o->out);
-    int failed = ferror(log);
-    if (fclose(log) || failed) die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    int status = run_end(&r, o, log);
     exam_free(&e);
     optimizer_free(&opt);
     acts_free(&a);
-    if (with_ref) model_free(&ref);
+    if (ref) model_free(ref);
     model_free(&m);
-    return stop_signal && !last ? 128 + stop_signal : 0;
+    return status;
 }
 
 // ------------------------------------------------------------------------------------------------
