@@ -2622,8 +2622,11 @@ static Draw sample_token(const Sampler *s, const accum *logits, size_t V, uint64
         choice[v].token = (int)v;
         sum += choice[v].p;
     }
-    size_t n = s->top_k > 0 ? min_size(V, (size_t)s->top_k) : V;
-    if (n < V || s->top_p < 1) qsort(choice, V, sizeof(Choice), compare_choices);
+    size_t all = 0; // but for those that even together are less than what top_p leaves out
+    for (size_t v = 0; v < V; v++)
+        if (choice[v].p >= (1 - s->top_p) * sum / (double)V) choice[all++] = choice[v];
+    size_t n = s->top_k > 0 ? min_size(all, (size_t)s->top_k) : all;
+    if (n < V || s->top_p < 1) qsort(choice, all, sizeof(Choice), compare_choices);
     for (size_t i = 0; i < n; i++) {
         kept += choice[i].p;
         if (s->top_p < 1 && kept >= s->top_p * sum) n = i + 1;
@@ -4166,6 +4169,9 @@ enum {
     X(RL_RUN, Count, ref_every, "ref-every", "400", "N", \
       "steps between new references; 0: never; R1: 400") \
     X(RL_RUN, Number, rl_temperature, "temperature", "1", "X", "of the answers drawn; R1: 1") \
+    X(EVAL, Number, eval_temperature, "temperature", "1", "X", "of the answers that vote; R1: 0.6") \
+    X(EVAL, Number, eval_top_p, "top-p", "1", "X", \
+      "choose among the likeliest of this total probability; R1: 0.95") \
     X(RL_RUN, Text, rl_optimizer, "optimizer", "adamw", "NAME", "adamw or muon") \
     X(RL_RUN, Number, rl_lr, "lr", "0.0002", "X", "learning rate; R1: 3e-6") \
     X(RL_RUN, Number, rl_adam_lr, "adam-lr", "0.0002", "X", "beside muon, AdamW's learning rate") \
@@ -6041,7 +6047,7 @@ static int eval_task(const Options *given)
     double greedy = test_accuracy(&e, o->test, &error), drawn = 0, majority = 0, format = 0;
     for (size_t at = 0, k; at < o->test; at += k) {
         k = min_size(512 / votes, o->test - at);
-        Sampler sampler = {1, 0, 1, o->seed, at * votes};
+        Sampler sampler = {o->eval_temperature, 0, o->eval_top_p, o->seed, at * votes};
         exam_sit(&e, &sampler, 1, at, k, votes);
         length += e.roll.drawn;
         for (size_t q = 0; q < k; q++) {
