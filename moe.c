@@ -3001,7 +3001,7 @@ static uint64_t count_ways(size_t n) // from n numbers to two: pairs x operators
 }
 
 // The way of that number from all the numbers to the last two, and the text of its steps; 0 if one
-// of them is not for countdown, or takes the second of equal numbers where the first would do.
+// of them is not for countdown.
 static int take_way(Term last[2], const Question *q, uint64_t way, Line *steps)
 {
     Term at[NUMBERS], c;
@@ -3016,8 +3016,6 @@ static int take_way(Term last[2], const Question *q, uint64_t way, Line *steps)
         for (; pair >= n - 1 - i; i++) pair -= n - 1 - i; // (0,1) (0,2) .. (1,2) ..
         size_t j = i + 1 + pair;
         const Term *x = &at[i], *y = &at[j];
-        for (size_t k = 0; k < j; k++)
-            if ((k < i && at[k].value == x->value) || (k != i && at[k].value == y->value)) return 0;
         if (!(x->value < y->value ? combine_terms(&c, y, operators[op], x, steps)
                                   : combine_terms(&c, x, operators[op], y, steps))) return 0;
         at[i] = c;
@@ -3118,25 +3116,25 @@ static void work_sort(Line *line, Question *q, Random *r, double slips)
     }
 }
 
-// Countdown by search: the ways to two numbers in order, and what these two make, until the target
-// is there; once the line is half full, only the way that gets there is written. The answer is the
-// last. Slips are to begin with any way instead of the first, and to give up after one. The target
-// is said again each time: a small model does not compare with what it read long ago.
-//     64: 5*3=15 15+8=23 15-8=7 15*8=120, 64: 8+3=11 11+5=16 11-5=6 11*5=55, 64: 8-3=5 ...
-static void work_countdown(Line *line, Term *answer, const Question *q, Random *r, double slips)
+// Countdown by search: the ways to two numbers in order, from any one on, and what these two make,
+// until the target is there or patience ends, with some chance after each way; once the line is
+// half full, only the way that gets there is written. The answer is the last. The target is said
+// again each time: a small model does not compare with what it read long ago.
+//     64: 5*3=15 15+8=23 15-8=7 15*8=120, 64: 8+3=11 11+5=16 ... 64: 5+3=8 8+8=16 8-8=0 8*8=64
+static void work_countdown(Line *line, Term *answer, const Question *q, Random *r, double gives_up)
 {
-    uint64_t ways = count_ways(q->n), way = chance(r, slips) ? pick_way(q, r) : 0;
+    uint64_t ways = count_ways(q->n), first = pick_way(q, r);
     Term last[2];
     Line steps;
     int found = 0, tired = 0;
-    for (; (way < ways && !found && !tired) || !line->length; way++) {
-        if (!take_way(last, q, way % ways, &steps)) continue;
+    for (uint64_t k = 0; k < ways && !found && !tired; k++) {
+        if (!take_way(last, q, (first + k) % ways, &steps)) continue;
         for (size_t i = 0; i < 4 && !found; i++)
             found = combine_terms(answer, &last[0], operators[i], &last[1], &steps) &&
                     answer->value == q->target;
         if (!found && line->length > LINE / 2) continue;
         put(line, "%s%ld: %s", line->length ? ", " : "", q->target, steps.text);
-        tired = chance(r, slips);
+        tired = chance(r, gives_up);
     }
 }
 
