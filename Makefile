@@ -43,9 +43,9 @@ r1: moe
 	./moe task --task add --worked 0.25 --right 0.2 --seed $(SEED) > $(R1)/base.txt
 	./moe train --data $(R1)/base.txt --config laptop-r1 --seq 128 --steps 1000 --val-every 0 \
 	    --tokens 0 --seed $(SEED) --out $(R1)/base
-	./moe eval --task add --model $(R1)/base
+	./moe eval --task add --model $(R1)/base --temperature 0.6 --top-p 0.95
 	./moe rl --task add --model $(R1)/base --seed $(SEED) --out $(R1)/add
-	./moe eval --task add --model $(R1)/add
+	./moe eval --task add --model $(R1)/add --temperature 0.6 --top-p 0.95
 	@for model in base add; do printf '\n%s: 347+586\n' $$model; \
 	    ./moe sample --task add --prompt 347+586 --temperature 0 \
 	        --model $(R1)/$$model 2>/dev/null; done
