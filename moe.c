@@ -4145,8 +4145,9 @@ enum {
     X(SAMPLE, Text, sample_task, "task", "", "NAME", "answer --prompt as a question of this task") \
     X(RL_RUN | TASK | EVAL | SAMPLE, Text, size, "size", "3", "N", \
       "digits, or numbers, of a question; or N-M") \
-    X(RL_RUN, Text, task_cmd, "task-cmd", "", "CMD", "program that writes questions, a line each") \
-    X(RL_RUN, Text, verify_cmd, "verify-cmd", "", "CMD", \
+    X(RL_RUN | EVAL, Text, task_cmd, "task-cmd", "", "CMD", \
+      "program that writes questions, a line each") \
+    X(RL_RUN | EVAL, Text, verify_cmd, "verify-cmd", "", "CMD", \
       "program that reads question<TAB>answer lines and writes a reward for each") \
     X(TASK, Count, lines, "lines", "100000", "N", "questions to write, with answers") \
     X(TASK, Number, worked, "worked", "0.25", "X", "share of answers that are thought about") \
@@ -6035,7 +6036,7 @@ static int eval_task(const Options *given)
 {
     Options own = *given, *o = &own;
     static char one[LINE], other[LINE];
-    o->task = o->test_task, o->task_cmd = o->verify_cmd = "";
+    o->task = o->test_task;
     Source source = source_open(o);
     size_t votes = o->votes, length = 0;
     NEED(o->test && votes && votes <= 512, "--test must be at least 1, --votes 1 to 512");
@@ -6043,10 +6044,10 @@ static int eval_task(const Options *given)
     Exam e = exam_make(&m, &source, o, 512);
     const char *error = NULL;
     double greedy = test_accuracy(&e, o->test, &error), drawn = 0, majority = 0, format = 0;
-    for (size_t at = 0, k; at < o->test; at += k) {
+    for (size_t at = 0, k; at < o->test && !error; at += k) {
         k = min_size(512 / votes, o->test - at);
         Sampler sampler = {o->eval_temperature, 0, o->eval_top_p, o->seed, at * votes};
-        exam_sit(&e, &sampler, 1, at, k, votes);
+        error = exam_sit(&e, &sampler, 1, at, k, votes);
         length += e.roll.drawn;
         for (size_t q = 0; q < k; q++) {
             size_t best = 0, winner = q * votes;
@@ -6066,6 +6067,7 @@ static int eval_task(const Options *given)
             majority += e.reward[winner].accuracy;
         }
     }
+    if (error) die(FAILED, "%s", error);
     double n = (double)o->test, all = n * (double)votes;
     printf("greedy %.1f%% pass@1 %.1f%% majority of %zu %.1f%% format %.1f%% length %.1f "
            "questions %zu\n", 100 * greedy, 100 * drawn / all, votes, 100 * majority / n,
@@ -6077,7 +6079,7 @@ static int eval_task(const Options *given)
 
 static int command_eval(const Options *o)
 {
-    if (*o->test_task) return eval_task(o);
+    if (*o->test_task || *o->task_cmd || *o->verify_cmd) return eval_task(o);
     Config c = directory_config(o->model);
     Data text = data_load(o->data, &c);
     NEED(text.n >= 2, "%s: has %zu bytes; 2 are needed to predict one", o->data, text.n);

@@ -4003,6 +4003,10 @@ static double logged(const char *run, size_t column, size_t rows, size_t from, s
     return sum;
 }
 
+#define EVAL_OWN(model, judge) \
+    ARGS("eval", "--model", model, "--task-cmd", asks, "--verify-cmd", judge, "--test", "20", \
+         "--votes", "4", "--max-tokens", "12", "--threads", "1")
+
 // What is rewarded is done more: from the first steps to the last answers get better.
 static void test_rl(void)
 {
@@ -4017,8 +4021,9 @@ static void test_rl(void)
            logged(out, 10, STEPS, STEPS - 1, STEPS));
     double length = logged(out, 4, STEPS, 5, 6), entropy = logged(out, 5, STEPS, 0, STEPS);
     EXPECT(length <= 12 && entropy < log(128), "length %g, entropy %g", length, entropy);
-    Model m = model_load(out, 0); // and sample takes it
-    model_free(&m);
+    r = expect_success(EVAL_OWN(out, judges)); // and the program's judge confirms it
+    EXPECT(strstr(r.out, "greedy 100.0%"), "eval says '%s'", r.out);
+    expect_error(1, "--verify-cmd ended", EVAL_OWN(out, "true"));
     snprintf(remark, sizeof remark, "accuracy %.2f, then %.2f", first, last);
 }
 
