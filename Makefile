@@ -1,7 +1,8 @@
 # make            builds ./moe
 # make run        trains a model on Shakespeare and lets it write (about 100 s on two cores)
 # make best       the same for five minutes
-# make r1         a model that answers badly teaches itself to think (under ten minutes; SEED=2)
+# make r1         a model that answers badly teaches itself to think (under ten minutes; SEED=2,
+#                 TASK=countdown: a search, under a quarter of an hour)
 # make test       builds and runs every test (under two minutes on two cores)
 # make gpu        builds ./moe_gpu, for the GPU of this machine or for GPU_ARCH=sm_90
 # make emu        builds ./moe_emu: moe.cu by the C++ compiler, its kernels run on the CPU
@@ -36,18 +37,29 @@ run best: moe
 	./moe train $(TRAIN) --data $$(test -f $(DATA) && echo $(DATA) || echo $(EXCERPT))
 
 # From random weights: a text of mixed quality to learn from, then rewards alone.
+TASK = add
 SEED = 1
-r1: R1 = out/r1-$(SEED)
+add-text = --worked 0.25 --right 0.2
+add-base = --seq 128 --steps 1000
+add-asks = 347+586
+countdown-text = --lines 300000 --worked 0.11 --right 0.03 --slips 0.12
+countdown-base = --seq 384 --batch 6 --steps 2000
+countdown-room = --max-tokens 448
+countdown-votes = --votes 4
+countdown-asks = 4,7,9=55
+
+r1: R1 = out/r1-$(TASK)-$(SEED)
+r1: EVAL = ./moe eval --task $(TASK) $($(TASK)-room) $($(TASK)-votes) --temperature 0.6 --top-p 0.95
 r1: moe
 	@mkdir -p $(R1)
-	./moe task --task add --worked 0.25 --right 0.2 --seed $(SEED) > $(R1)/base.txt
-	./moe train --data $(R1)/base.txt --config laptop-r1 --seq 128 --steps 1000 --val-every 0 \
-	    --tokens 0 --seed $(SEED) --out $(R1)/base
-	./moe eval --task add --model $(R1)/base --temperature 0.6 --top-p 0.95
-	./moe rl --task add --model $(R1)/base --seed $(SEED) --out $(R1)/add
-	./moe eval --task add --model $(R1)/add --temperature 0.6 --top-p 0.95
-	@for model in base add; do printf '\n%s: 347+586\n' $$model; \
-	    ./moe sample --task add --prompt 347+586 --temperature 0 \
+	./moe task --task $(TASK) $($(TASK)-text) --seed $(SEED) > $(R1)/base.txt
+	./moe train --data $(R1)/base.txt --config laptop-r1 $($(TASK)-base) --val-every 0 --tokens 0 \
+	    --seed $(SEED) --out $(R1)/base
+	$(EVAL) --model $(R1)/base
+	./moe rl --task $(TASK) --model $(R1)/base $($(TASK)-room) --seed $(SEED) --out $(R1)/rl
+	$(EVAL) --model $(R1)/rl
+	@for model in base rl; do printf '\n%s: %s\n' $$model $($(TASK)-asks); \
+	    ./moe sample --task $(TASK) $($(TASK)-room) --prompt $($(TASK)-asks) --temperature 0 \
 	        --model $(R1)/$$model 2>/dev/null; done
 
 # The tests exist twice in one program: in float, as moe is, and in double, for gradients.
