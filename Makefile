@@ -46,7 +46,7 @@ countdown-text = --lines 300000 --worked 0.11 --right 0.03 --slips 0.12
 countdown-base = --seq 384 --batch 6 --steps 2000
 countdown-room = --max-tokens 448
 countdown-votes = --votes 4
-countdown-asks = 4,7,9=55
+countdown-asks = 3,5,8=64
 
 r1: R1 = out/r1-$(TASK)-$(SEED)
 r1: EVAL = ./moe eval --task $(TASK) $($(TASK)-room) $($(TASK)-votes) --temperature 0.6 --top-p 0.95

@@ -4797,8 +4797,8 @@ static int command_train(const Options *o)
                    r.val_loss, r.n_val - 1);
         printf("trained in ");
         print_duration(now() - r.start);
-        printf("; the model is in %s\ntry ./moe sample --model %s --prompt \"ROMEO:\"\n", o->out,
-               o->out);
+        printf("; the model is in %s\n", o->out);
+        if (o->tokens) printf("try ./moe sample --model %s --prompt \"ROMEO:\"\n", o->out);
     }
     optimizer_free(&opt);
     acts_free(&a);
