@@ -2,7 +2,7 @@
 # make run        trains a model on Shakespeare and lets it write (about 100 s on two cores)
 # make best       the same for five minutes
 # make r1         a model that answers badly teaches itself to think (under ten minutes; SEED=2,
-#                 TASK=countdown: a search, under a quarter of an hour)
+#                 TASK=countdown: learns to search, in less than 20)
 # make test       builds and runs every test (under two minutes on two cores)
 # make gpu        builds ./moe_gpu, for the GPU of this machine or for GPU_ARCH=sm_90
 # make emu        builds ./moe_emu: moe.cu by the C++ compiler, its kernels run on the CPU
