@@ -862,8 +862,8 @@ static void gemm(real *c, size_t c_row, size_t c_col, const real *a, size_t a_ro
 static size_t group_begin(Rows r, size_t e) { return r.offsets ? (size_t)r.offsets[e] : 0; }
 static size_t group_end(Rows r, size_t e) { return r.offsets ? (size_t)r.offsets[e + 1] : r.rows; }
 
-// Work is cut in tiles of the output. gemm packs its weights anew for each tile, so tiles are as tall
-// as the threads allow and as wide as it packs at once; few rows are shared out by columns instead.
+// Work is cut in tiles of the output. gemm packs its weights anew for each tile, so tiles are as
+// tall as the threads allow and as wide as it packs at once; few rows are shared out by columns.
 typedef struct {
     size_t group, row, rows, col, cols; // row counts over all groups
 } Tile;
@@ -4181,7 +4181,8 @@ enum {
     X(RL_RUN, Count, ref_every, "ref-every", "400", "N", \
       "steps between new references; 0: never; R1: 400") \
     X(RL_RUN, Number, rl_temperature, "temperature", "1", "X", "of the answers drawn; R1: 1") \
-    X(EVAL, Number, eval_temperature, "temperature", "1", "X", "of the answers that vote; R1: 0.6") \
+    X(EVAL, Number, eval_temperature, "temperature", "1", "X", \
+      "of the answers that vote; R1: 0.6") \
     X(EVAL, Number, eval_top_p, "top-p", "1", "X", \
       "choose among the likeliest of this total probability; R1: 0.95") \
     X(RL_RUN, Text, rl_optimizer, "optimizer", "adamw", "NAME", "adamw or muon") \
