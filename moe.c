@@ -1496,7 +1496,7 @@ static void latent_attention(real *out,         // [n, NH, Dv]
     METER(__func__, 0, 0);
     size_t Dq = Dn + Dr;
     real *sums = latent + n * NH * Rkv;
-    #pragma omp parallel for if (n * NH * Dn * Rkv > 16 * SMALL)
+    #pragma omp parallel for if (n * NH * Dn * Rkv > 4 * SMALL)
     for (size_t h = 0; h < NH; h++)
         gemm(latent + h * n * Rkv, Rkv, 1, q + h * Dq, NH * Dq, 1, w_b + h * (Dn + Dv) * Rkv,
              Rkv, 1, n, Rkv, Dn, SET);
@@ -1522,7 +1522,7 @@ static void latent_attention(real *out,         // [n, NH, Dv]
         EACH_PIECE gemm(o, n * Rkv, 1, p + u, seen, 1, c_kv + at * Rkv, Rkv, 1, NH, Rkv, len,
                         u > 0);
     }
-    #pragma omp parallel for if (n * NH * Dv * Rkv > 16 * SMALL)
+    #pragma omp parallel for if (n * NH * Dv * Rkv > 4 * SMALL)
     for (size_t h = 0; h < NH; h++)
         gemm(out + h * Dv, NH * Dv, 1, sums + h * n * Rkv, Rkv, 1,
              w_b + (h * (Dn + Dv) + Dn) * Rkv, 1, Rkv, n, Dv, Rkv, SET);
