@@ -873,7 +873,8 @@ enum { TILE_ROWS = 64 }; // at least, where there are so many
 static size_t tile_height(Rows r)
 {
     size_t tall = ceil_div(r.rows, 2 * (size_t)thread_count());
-    return tall < TILE_ROWS ? TILE_ROWS : min_size(tall, 1024);
+    if (tall < TILE_ROWS) return TILE_ROWS;
+    return min_size(tall, 1024);
 }
 
 static size_t tile_width(Rows r, size_t cols)
