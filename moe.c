@@ -648,26 +648,24 @@ static inline real sigmoid(real x) { return 1 / (1 + fast_exp(-x)); }
 //
 // Packing copies panels to where the kernel reads on and on, and fills up the last with zeros. That
 // of a is left out where it can be: the kernel takes single numbers of a, so it can have them from
-// MR rows as well.
+// MR rows as well. Where MR does not divide m, the last tiles have LOW rows instead.
 //
 // Each c(i,j) is a sum over blocks of KC, in order, of chains of fused multiply-adds in order of
 // p. So its bits do not depend on m, n, the place of (i,j) or the width of the vectors.
 #ifndef VBYTES // bytes in a vector register; NV of them make a row of the tile
 #if defined(__AVX512F__)
-enum { VBYTES = 64, MR = 14, NV = 2 }; // 32 registers: 28 for the tile, 2 for b, 1 for a
+enum { VBYTES = 64, MR = 14, LOW = 8, NV = 2 }; // 32 registers: 28 for the tile, 2 for b, 1 for a
 #elif defined(__AVX__)
-enum { VBYTES = 32, MR = 6, NV = 2 }; // 16 registers
+enum { VBYTES = 32, MR = 6, LOW = 4, NV = 2 }; // 16 registers
 #elif defined(__ARM_NEON)
-enum { VBYTES = 16, MR = 8, NV = 3 }; // 32 registers
+enum { VBYTES = 16, MR = 8, LOW = 4, NV = 3 }; // 32 registers
 #else
-enum { VBYTES = 16, MR = 6, NV = 2 };
+enum { VBYTES = 16, MR = 6, LOW = 4, NV = 2 };
 #endif
 #endif
 #define LANES (VBYTES / sizeof(real))
 #define NR (NV * LANES)
-#define KC 256
-#define NC (24 * NR)
-#define MC (8 * MR) // rows of a that are packed at once
+enum { KC = 256, NC = 384 }; // NC: a multiple of NR everywhere
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define UNROLL
@@ -677,11 +675,37 @@ enum { VBYTES = 16, MR = 6, NV = 2 };
 #define UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLE __builtin_shufflevector
+#endif
+#endif
+
 typedef real vec __attribute__((vector_size(VBYTES)));
 typedef real vec_unaligned __attribute__((vector_size(VBYTES), aligned(sizeof(real)), may_alias));
 
 INLINE vec vec_load(const real *x) { return *(const vec_unaligned *)x; }
 INLINE void vec_store(real *x, vec v) { *(vec_unaligned *)x = v; }
+
+// to[j * to_row + i] = x[i * row + j] for i, j < 4.
+INLINE void transpose_4x4(real *to, size_t to_row, const real *x, size_t row)
+{
+#ifdef SHUFFLE
+    typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)),
+                                     may_alias));
+    quad x0 = *(const quad *)x, x1 = *(const quad *)(x + row);
+    quad x2 = *(const quad *)(x + 2 * row), x3 = *(const quad *)(x + 3 * row);
+    quad low02 = SHUFFLE(x0, x2, 0, 4, 1, 5), high02 = SHUFFLE(x0, x2, 2, 6, 3, 7);
+    quad low13 = SHUFFLE(x1, x3, 0, 4, 1, 5), high13 = SHUFFLE(x1, x3, 2, 6, 3, 7);
+    *(quad *)to = SHUFFLE(low02, low13, 0, 4, 1, 5);
+    *(quad *)(to + to_row) = SHUFFLE(low02, low13, 2, 6, 3, 7);
+    *(quad *)(to + 2 * to_row) = SHUFFLE(high02, high13, 0, 4, 1, 5);
+    *(quad *)(to + 3 * to_row) = SHUFFLE(high02, high13, 2, 6, 3, 7);
+#else
+    for (size_t i = 0; i < 4; i++)
+        for (size_t j = 0; j < 4; j++) to[j * to_row + i] = x[i * row + j];
+#endif
+}
 
 // Copies x[n,k] to panels of `width` rows, to[i / width * panel + p * width + i % width], the last
 // filled up with zeros. Element (i,p) is x[i * row + p * col].
@@ -697,37 +721,44 @@ INLINE void gemm_pack(real *to, size_t panel, const real *x, size_t row, size_t 
                 memcpy(to + i * panel + p * width, from, width * sizeof *to);
             }
     else
-        for (size_t i = 0; i < whole; i++)
-            for (size_t p = 0; p < k; p++)
+        for (size_t i = 0; i < whole; i++) {
+            real *panel_i = to + i * panel;
+            const real *xi = x + i * width * row;
+            size_t p = 0;
+            for (; col == 1 && width % 4 == 0 && p + 4 <= k; p += 4)
+                for (size_t r = 0; r < width; r += 4)
+                    transpose_4x4(panel_i + p * width + r, width, xi + r * row + p, row);
+            for (; p < k; p++)
                 for (size_t r = 0; r < width; r++)
-                    to[i * panel + p * width + r] = x[(i * width + r) * row + p * col];
+                    panel_i[p * width + r] = xi[r * row + p * col];
+        }
     to += whole * panel, x += whole * width * row;
     for (size_t p = 0; p < k && rest; p++)
         for (size_t r = 0; r < width; r++)
             to[p * width + r] = r < rest ? x[r * row + p * col] : 0;
 }
 
-// One tile: c[m,n] (+)= a[m,k] b[k,n], m <= MR and n <= nv * LANES. Rows of a up to MR and columns
-// of b up to nv * LANES must be there.
-INLINE void gemm_tile(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
+// One tile: c[m,n] (+)= a[m,k] b[k,n], m <= tall and n <= nv * LANES. Rows of a up to `tall` and
+// columns of b up to nv * LANES must be there.
+INLINE void gemm_tile(real *c, size_t c_row, const real *a, size_t a_row,
                       size_t a_col, const real *b, size_t b_row, size_t m, size_t n, size_t k,
-                      int add, int nv)
+                      int add, size_t tall, int nv)
 {
     vec zero = {0}, acc[MR][NV];
-    UNROLL for (int i = 0; i < MR; i++)
+    UNROLL for (size_t i = 0; i < tall; i++)
         UNROLL for (int v = 0; v < nv; v++)
             acc[i][v] = zero;
     UNROLL_4 for (size_t p = 0; p < k; p++, a += a_col, b += b_row) {
         vec bp[NV];
         UNROLL for (int v = 0; v < nv; v++)
             bp[v] = vec_load(b + (size_t)v * LANES);
-        UNROLL for (size_t i = 0; i < MR; i++)
+        UNROLL for (size_t i = 0; i < tall; i++)
             UNROLL for (int v = 0; v < nv; v++)
                 acc[i][v] += a[i * a_row] * bp[v];
     }
 
-    if (m == MR && n == (size_t)nv * LANES && c_col == 1) {
-        UNROLL for (size_t i = 0; i < MR; i++)
+    if (m == tall && n == (size_t)nv * LANES) {
+        UNROLL for (size_t i = 0; i < tall; i++)
             UNROLL for (int v = 0; v < nv; v++) {
                 real *to = c + i * c_row + (size_t)v * LANES;
                 vec_store(to, add ? vec_load(to) + acc[i][v] : acc[i][v]);
@@ -735,63 +766,79 @@ INLINE void gemm_tile(real *c, size_t c_row, size_t c_col, const real *a, size_t
         return;
     }
     real tile[MR][NR];
-    UNROLL for (int i = 0; i < MR; i++)
+    UNROLL for (size_t i = 0; i < tall; i++)
         UNROLL for (int v = 0; v < nv; v++)
             vec_store(tile[i] + (size_t)v * LANES, acc[i][v]);
-    for (size_t j = 0; j < n; j++)
-        for (size_t i = 0; i < m; i++) {
-            real *to = c + i * c_row + j * c_col;
-            *to = add ? *to + tile[i][j] : tile[i][j];
-        }
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < n; j++)
+            c[i * c_row + j] = add ? c[i * c_row + j] + tile[i][j] : tile[i][j];
 }
 
-// c[m,n] (+)= a[m,k] b[k,n] with b in panels of NR columns, b_panel numbers apart, their rows b_row
-// apart: packed ones, or those of a matrix as it stands.
-static void gemm_panels(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
-                        size_t a_col, const real *b, size_t b_panel, size_t b_row, size_t m,
-                        size_t n, size_t k, int add)
+// Rows of c in tiles of `tall`: c[m,n] (+)= a[m,k] b[k,n], k <= KC, with b in panels of NR columns,
+// b_panel numbers apart, their rows b_row apart: packed ones, or those of a matrix as it stands.
+INLINE void gemm_rows(real *c, size_t c_row, const real *a, size_t a_row, size_t a_col,
+                      const real *b, size_t b_panel, size_t b_row, size_t m, size_t n, size_t k,
+                      int add, size_t tall)
 {
-    static THREAD_LOCAL real a_pack[MC * KC];
+    enum { PANELS = 8 }; // of a that are packed at once
+    static THREAD_LOCAL real a_pack[PANELS * MR * KC];
     int in_place = a_col == 1 || (a_row == 1 && n <= 4 * NR);
-    for (size_t p0 = 0; p0 == 0 || p0 < k; p0 += KC) { // once even if k is 0
-        size_t kc = min_size(KC, k - p0);
-        int sum = add || p0 > 0;
-        for (size_t i = 0; i < m; i += MR) {
-            const real *ai = a + i * a_row + p0 * a_col;
-            size_t mr = min_size(MR, m - i), row = a_row, col = a_col;
-            if (!in_place || mr < MR) {
-                size_t at = in_place ? 0 : i % MC;
-                if (at == 0)
-                    gemm_pack(a_pack, MR * kc, ai, a_row, a_col, min_size(MC, m - i), MR, kc);
-                ai = a_pack + at * kc, row = 1, col = MR;
-            }
-            for (size_t j = 0; j < n; j += NR) {
-                real *cij = c + i * c_row + j * c_col;
-                const real *bj = b + j / NR * b_panel + p0 * b_row;
-                size_t nr = min_size(NR, n - j);
-                if (col == 1 && i + 2 * MR <= m) // the next panel of a, a part with each tile
-                    for (size_t r = MR; r < 2 * MR; r++)
-                        for (size_t p = kc * j / n; p < kc * (j + nr) / n; p += 16)
-                            __builtin_prefetch(ai + r * row + p);
-                if (nr > LANES)
-                    gemm_tile(cij, c_row, c_col, ai, row, col, bj, b_row, mr, nr, kc, sum, NV);
-                else
-                    gemm_tile(cij, c_row, c_col, ai, row, col, bj, b_row, mr, nr, kc, sum, 1);
-            }
+    for (size_t i = 0; i < m; i += tall) {
+        const real *ai = a + i * a_row;
+        size_t mr = min_size(tall, m - i), row = a_row, col = a_col;
+        if (!in_place || mr < tall) {
+            size_t at = in_place ? 0 : i % (PANELS * tall), rows = min_size(PANELS * tall, m - i);
+            if (at == 0) gemm_pack(a_pack, tall * k, ai, a_row, a_col, rows, tall, k);
+            ai = a_pack + at * k, row = 1, col = tall;
+        }
+        for (size_t j = 0; j < n; j += NR) {
+            real *cij = c + i * c_row + j;
+            const real *bj = b + j / NR * b_panel;
+            size_t nr = min_size(NR, n - j);
+            if (col == 1 && i + 2 * tall <= m) // the next panel of a, a part with each tile
+                for (size_t r = tall; r < 2 * tall; r++)
+                    for (size_t p = k * j / n; p < k * (j + nr) / n; p += 16)
+                        __builtin_prefetch(ai + r * row + p);
+            if (nr > LANES) gemm_tile(cij, c_row, ai, row, col, bj, b_row, mr, nr, k, add, tall, NV);
+            else gemm_tile(cij, c_row, ai, row, col, bj, b_row, mr, nr, k, add, tall, 1);
         }
     }
 }
 
-static void gemm_packed(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
-                        size_t a_col, const real *b, size_t b_panel, size_t m, size_t n, size_t k,
-                        int add)
+// How many of m rows, the last, go in tiles of LOW so that the fewest are padded.
+static size_t low_rows(size_t m)
 {
-    gemm_panels(c, c_row, c_col, a, a_row, a_col, b, b_panel, NR, m, n, k, add);
+    size_t best = 0, least = SIZE_MAX;
+    for (size_t low = 0; low < MR * LOW && low < m + LOW; low += LOW) {
+        size_t padded = low + (m > low ? ceil_div(m - low, MR) * MR : 0);
+        if (padded < least) least = padded, best = min_size(low, m);
+    }
+    return best;
 }
 
-static void gemm_blocked(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
-                         size_t a_col, const real *b, size_t b_row, size_t b_col, size_t m,
-                         size_t n, size_t k, int add)
+static void gemm_panels(real *c, size_t c_row, const real *a, size_t a_row, size_t a_col,
+                        const real *b, size_t b_panel, size_t b_row, size_t m, size_t n, size_t k,
+                        int add)
+{
+    size_t high = m - low_rows(m);
+    for (size_t p = 0; p == 0 || p < k; p += KC, add = 1) { // once even if k is 0
+        size_t kc = min_size(KC, k - p);
+        const real *ap = a + p * a_col, *bp = b + p * b_row;
+        gemm_rows(c, c_row, ap, a_row, a_col, bp, b_panel, b_row, high, n, kc, add, MR);
+        gemm_rows(c + high * c_row, c_row, ap + high * a_row, a_row, a_col, bp, b_panel, b_row,
+                  m - high, n, kc, add, LOW);
+    }
+}
+
+static void gemm_packed(real *c, size_t c_row, const real *a, size_t a_row, size_t a_col,
+                        const real *b, size_t b_panel, size_t m, size_t n, size_t k, int add)
+{
+    gemm_panels(c, c_row, a, a_row, a_col, b, b_panel, NR, m, n, k, add);
+}
+
+static void gemm_blocked(real *c, size_t c_row, const real *a, size_t a_row, size_t a_col,
+                         const real *b, size_t b_row, size_t b_col, size_t m, size_t n, size_t k,
+                         int add)
 {
     static THREAD_LOCAL real b_pack[(KC + 1) * NC];
     for (size_t j = 0; j < n; j += NC)
@@ -799,8 +846,8 @@ static void gemm_blocked(real *c, size_t c_row, size_t c_col, const real *a, siz
             size_t nc = min_size(NC, n - j), kc = min_size(KC, k - p);
             size_t panel = NR * (kc + 1); // not a power of 2: panels would share a cache's sets
             gemm_pack(b_pack, panel, b + p * b_row + j * b_col, b_col, b_row, nc, NR, kc);
-            gemm_packed(c + j * c_col, c_row, c_col, a + p * a_col, a_row, a_col, b_pack, panel, m,
-                        nc, kc, add || p > 0);
+            gemm_packed(c + j, c_row, a + p * a_col, a_row, a_col, b_pack, panel, m, nc, kc,
+                        add || p > 0);
         }
 }
 
@@ -810,8 +857,8 @@ static void gemm_blocked(real *c, size_t c_row, size_t c_col, const real *a, siz
 // lanes are added in pairs, then what is left of k. This order is not that of gemm_blocked.
 enum { FEW = 2, CHAINS = 4 };
 
-INLINE void gemm_few_rows(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row,
-                          const real *b, size_t b_col, size_t n, size_t k, int add, size_t rows)
+INLINE void gemm_few_rows(real *c, size_t c_row, const real *a, size_t a_row, const real *b,
+                          size_t b_col, size_t n, size_t k, int add, size_t rows)
 {
     for (size_t j = 0; j < n; j++, b += b_col) {
         vec zero = {0}, acc[FEW][CHAINS];
@@ -835,28 +882,26 @@ INLINE void gemm_few_rows(real *c, size_t c_row, size_t c_col, const real *a, si
                     lane[l] += lane[l + half];
             for (size_t q = p; q < k; q++)
                 rest += a[i * a_row + q] * b[q];
-            real *cij = c + i * c_row + j * c_col;
+            real *cij = c + i * c_row + j;
             *cij = add ? *cij + (lane[0] + rest) : lane[0] + rest;
         }
     }
 }
 
-// c[m,n] = a[m,k] b[k,n], or c += a b if add. Element (i,p) of a is a[i*a_row + p*a_col]; likewise
-// b and c. c must not overlap a or b.
-static void gemm(real *c, size_t c_row, size_t c_col, const real *a, size_t a_row, size_t a_col,
-                 const real *b, size_t b_row, size_t b_col, size_t m, size_t n, size_t k, int add)
+// c[m,n] = a[m,k] b[k,n], or c += a b if add. Element (i,p) of a is a[i*a_row + p*a_col], likewise
+// b's; (i,j) of c is c[i*c_row + j]. c must not overlap a or b.
+static void gemm(real *c, size_t c_row, const real *a, size_t a_row, size_t a_col, const real *b,
+                 size_t b_row, size_t b_col, size_t m, size_t n, size_t k, int add)
 {
     int transpose = a_col == 1 && b_row == 1; // to pack b is to transpose it
     if (transpose && m == FEW)
-        gemm_few_rows(c, c_row, c_col, a, a_row, b, b_col, n, k, add, FEW);
+        gemm_few_rows(c, c_row, a, a_row, b, b_col, n, k, add, FEW);
     else if (transpose && m == 1)
-        gemm_few_rows(c, c_row, c_col, a, a_row, b, b_col, n, k, add, 1);
-    else if (m <= MR && b_col == 1 && n % NR == 0) // b would be read from its packing but once
-        gemm_panels(c, c_row, c_col, a, a_row, a_col, b, NR, b_row, m, n, k, add);
-    else if (transpose && 2 * m < n) // c^T = b^T a^T: pack a, the smaller, and take b in place
-        gemm_blocked(c, c_col, c_row, b, b_col, b_row, a, a_col, a_row, n, m, k, add);
+        gemm_few_rows(c, c_row, a, a_row, b, b_col, n, k, add, 1);
+    else if (m <= 2 * MR && b_col == 1 && n % NR == 0) // b is not read often enough to pack it
+        gemm_panels(c, c_row, a, a_row, a_col, b, NR, b_row, m, n, k, add);
     else
-        gemm_blocked(c, c_row, c_col, a, a_row, a_col, b, b_row, b_col, m, n, k, add);
+        gemm_blocked(c, c_row, a, a_row, a_col, b, b_row, b_col, m, n, k, add);
 }
 
 static size_t group_begin(Rows r, size_t e) { return r.offsets ? (size_t)r.offsets[e] : 0; }
@@ -920,7 +965,7 @@ static void matmul_forward(real *out,     // [rows, O], set or added to
     #pragma omp parallel for schedule(dynamic) if (r.rows * O * I > 16 * SMALL)
     for (long i = 0; i < tiles; i++) {
         Tile t = find_tile((size_t)i, r, O);
-        gemm(out + t.row * O + t.col, O, 1, x + t.row * I, I, 1,
+        gemm(out + t.row * O + t.col, O, x + t.row * I, I, 1,
              w + (t.group * O + t.col) * I, 1, I, t.rows, t.cols, I, mode);
     }
 }
@@ -935,7 +980,7 @@ static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r,
     #pragma omp parallel for schedule(dynamic) if (r.rows * O * I > 16 * SMALL)
     for (long i = 0; i < tiles; i++) {
         Tile t = find_tile((size_t)i, r, I);
-        gemm(dx + t.row * I + t.col, I, 1, dout + t.row * O, O, 1,
+        gemm(dx + t.row * I + t.col, I, dout + t.row * O, O, 1,
              w + t.group * O * I + t.col, I, 1, t.rows, t.cols, O, mode);
     }
 }
@@ -954,7 +999,7 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
     for (long t = 0; t < (long)(r.groups * down * across); t++) {
         size_t e = (size_t)t / (down * across), begin = group_begin(r, e);
         size_t o = (size_t)t / across % down * tall, i = (size_t)t % across * NC;
-        gemm(dw + (e * O + o) * I + i, I, 1, dout + begin * O + o, 1, O, x + begin * I + i, I, 1,
+        gemm(dw + (e * O + o) * I + i, I, dout + begin * O + o, 1, O, x + begin * I + i, I, 1,
              min_size(tall, O - o), min_size(NC, I - i), group_end(r, e) - begin, ADD);
     }
 }
@@ -1120,7 +1165,7 @@ static void rope_backward(real *dx, const real *dout, const int *pos, const accu
 //     out_t = sum_{u <= t} p_tu v_u,   p_tu = exp(scale q_t . k_u - lse_t).
 // Queries go in small blocks, which see scores [ATTENTION_BLOCK, T] up to their own place: little
 // is computed that the mask would hide, and nothing of T x T is kept but lse.
-#define ATTENTION_BLOCK (4 * MR)
+enum { ATTENTION_BLOCK = 28 };
 #define PADDED(n) (ceil_div(n, NR) * NR) // to whole panels
 
 // A head's keys, k_t = [k_nope_t; k_pe_t], as gemm's packed right factor K^T [Dn + Dr, T].
@@ -1129,6 +1174,16 @@ static void pack_keys(real *to, const real *k_nope, const real *k_pe, size_t T, 
 {
     gemm_pack(to, NR * (Dn + Dr), k_nope, ld, 1, T, NR, Dn);
     gemm_pack(to + NR * Dn, NR * (Dn + Dr), k_pe, Dr, 1, T, NR, Dr);
+}
+
+// Of a row of scores [cols] only the first `seen` count: the rest of their last vector becomes -inf,
+// what follows 0. Returns where that begins.
+static size_t mask_row(real *s, size_t seen, size_t cols)
+{
+    size_t end = ceil_div(seen, LANES) * LANES;
+    for (size_t u = seen; u < end; u++) s[u] = -INFINITY;
+    for (size_t u = end; u < cols; u++) s[u] = 0;
+    return end;
 }
 
 static void attention_forward(real *out,        // [B, T, NH, Dv]
@@ -1145,25 +1200,24 @@ static void attention_forward(real *out,        // [B, T, NH, Dv]
     #pragma omp parallel for if (B * NH * T * T > SMALL)
     for (size_t bh = 0; bh < B * NH; bh++) {
         size_t b = bh / NH, h = bh % NH;
-        real *k = scratch(PADDED(T) * Dq + PADDED(Dv) * T + ATTENTION_BLOCK * T);
+        real *k = scratch(PADDED(T) * (Dq + ATTENTION_BLOCK) + PADDED(Dv) * T);
         real *v = k + PADDED(T) * Dq, *p = v + PADDED(Dv) * T;
         const real *k_nope = kv + b * T * ld + h * (Dn + Dv);
         pack_keys(k, k_nope, k_pe + b * T * Dr, T, Dn, Dr, ld);
         gemm_pack(v, NR * T, k_nope + Dn, 1, ld, Dv, NR, T);
         for (size_t t = 0; t < T; t += ATTENTION_BLOCK) {
-            size_t rows = min_size(ATTENTION_BLOCK, T - t), cols = t + rows;
+            size_t rows = min_size(ATTENTION_BLOCK, T - t), cols = t + rows, ld = PADDED(cols);
             real *ot = out + ((b * T + t) * NH + h) * Dv;
             accum sum[ATTENTION_BLOCK];
-            gemm_packed(p, cols, 1, q + ((b * T + t) * NH + h) * Dq, NH * Dq, 1, k, NR * Dq,
-                        rows, cols, Dq, SET);
+            gemm_packed(p, ld, q + ((b * T + t) * NH + h) * Dq, NH * Dq, 1, k, NR * Dq, rows,
+                        ld, Dq, SET);
             for (size_t i = 0; i < rows; i++) {
-                real *s = p + i * cols, max;
-                size_t seen = t + i + 1;
-                sum[i] = exp_row(s, &max, seen, (real)scale);
-                for (size_t u = seen; u < cols; u++) s[u] = 0;
+                real *s = p + i * ld, max;
+                size_t end = mask_row(s, t + i + 1, cols);
+                sum[i] = exp_row(s, &max, end, (real)scale);
                 lse[bh * T + t + i] = (accum)(scale * max + log((double)sum[i]));
             }
-            gemm_packed(ot, NH * Dv, 1, p, cols, 1, v, NR * T, rows, Dv, cols, SET);
+            gemm_packed(ot, NH * Dv, p, ld, 1, v, NR * T, rows, Dv, cols, SET);
             for (size_t i = 0; i < rows; i++)
                 for (size_t j = 0; j < Dv; j++) ot[i * NH * Dv + j] /= sum[i];
         }
@@ -1185,40 +1239,40 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
     for (size_t bh = 0; bh < B * NH; bh++) {
         size_t b = bh / NH, h = bh % NH;
         const real *k_nope = kv + b * T * ld + h * Dkv, *k_pe_b = k_pe + b * T * Dr;
-        real *kt = scratch(PADDED(T) * (Dq + Dv) + (PADDED(Dn) + PADDED(Dr) + Dq + Dv) * T +
-                           2 * ATTENTION_BLOCK * T);
+        real *kt = scratch(PADDED(T) * (Dq + Dv + 2 * ATTENTION_BLOCK) +
+                           (PADDED(Dn) + PADDED(Dr) + Dq + Dv) * T);
         real *vt = kt + PADDED(T) * Dq, *kn = vt + PADDED(T) * Dv, *kr = kn + PADDED(Dn) * T;
         real *dk = kr + PADDED(Dr) * T, *dv = dk + T * Dq; // [T, Dn + Dr], [T, Dv]
-        real *p = dv + T * Dv, *dp = p + ATTENTION_BLOCK * T;
+        real *p = dv + T * Dv, *dp = p + ATTENTION_BLOCK * PADDED(T);
         pack_keys(kt, k_nope, k_pe_b, T, Dn, Dr, ld);
         gemm_pack(vt, NR * Dv, k_nope + Dn, ld, 1, T, NR, Dv);
         gemm_pack(kn, NR * T, k_nope, 1, ld, Dn, NR, T);
         gemm_pack(kr, NR * T, k_pe_b, 1, Dr, Dr, NR, T);
         memset(dk, 0, T * (Dq + Dv) * sizeof(real));
         for (size_t t = 0; t < T; t += ATTENTION_BLOCK) {
-            size_t rows = min_size(ATTENTION_BLOCK, T - t), cols = t + rows;
+            size_t rows = min_size(ATTENTION_BLOCK, T - t), cols = t + rows, ld_p = PADDED(cols);
             const real *qt = q + ((b * T + t) * NH + h) * Dq;
             const real *ot = out + ((b * T + t) * NH + h) * Dv;
             const real *dot = dout + ((b * T + t) * NH + h) * Dv;
             real *dqt = dq + ((b * T + t) * NH + h) * Dq;
-            gemm_packed(p, cols, 1, qt, NH * Dq, 1, kt, NR * Dq, rows, cols, Dq, SET);
-            gemm_packed(dp, cols, 1, dot, NH * Dv, 1, vt, NR * Dv, rows, cols, Dv, SET);
+            gemm_packed(p, ld_p, qt, NH * Dq, 1, kt, NR * Dq, rows, ld_p, Dq, SET);
+            gemm_packed(dp, ld_p, dot, NH * Dv, 1, vt, NR * Dv, rows, ld_p, Dv, SET);
             for (size_t i = 0; i < rows; i++) {
-                real *s = p + i * cols, *ds = dp + i * cols;
-                size_t seen = t + i + 1;
+                real *s = p + i * ld_p, *ds = dp + i * ld_p;
+                size_t end = mask_row(s, t + i + 1, cols);
                 accum mean = 0, log_sum = lse[bh * T + t + i];
                 #pragma omp simd reduction(+ : mean)
                 for (size_t j = 0; j < Dv; j++) mean += dot[i * NH * Dv + j] * ot[i * NH * Dv + j];
-                for (size_t u = 0; u < seen; u++) {
+                for (size_t u = 0; u < end; u++) {
                     s[u] = fast_exp((real)scale * s[u] - log_sum);
                     ds[u] = (real)scale * s[u] * (ds[u] - mean);
                 }
-                for (size_t u = seen; u < cols; u++) s[u] = ds[u] = 0;
+                for (size_t u = end; u < cols; u++) ds[u] = 0;
             }
-            gemm(dv, Dv, 1, p, 1, cols, dot, NH * Dv, 1, cols, Dv, rows, ADD);
-            gemm(dk, Dq, 1, dp, 1, cols, qt, NH * Dq, 1, cols, Dq, rows, ADD);
-            gemm_packed(dqt, NH * Dq, 1, dp, cols, 1, kn, NR * T, rows, Dn, cols, SET);
-            gemm_packed(dqt + Dn, NH * Dq, 1, dp, cols, 1, kr, NR * T, rows, Dr, cols, SET);
+            gemm(dv, Dv, p, 1, ld_p, dot, NH * Dv, 1, cols, Dv, rows, ADD);
+            gemm(dk, Dq, dp, 1, ld_p, qt, NH * Dq, 1, cols, Dq, rows, ADD);
+            gemm_packed(dqt, NH * Dq, dp, ld_p, 1, kn, NR * T, rows, Dn, cols, SET);
+            gemm_packed(dqt + Dn, NH * Dq, dp, ld_p, 1, kr, NR * T, rows, Dr, cols, SET);
         }
         for (size_t t = 0; t < T; t++) {
             real *dkv_t = dkv + ((b * T + t) * NH + h) * Dkv;
@@ -1499,7 +1553,7 @@ static void latent_attention(real *out,         // [n, NH, Dv]
     real *sums = latent + n * NH * Rkv;
     #pragma omp parallel for if (n * NH * Dn * Rkv > 4 * SMALL)
     for (size_t h = 0; h < NH; h++)
-        gemm(latent + h * n * Rkv, Rkv, 1, q + h * Dq, NH * Dq, 1, w_b + h * (Dn + Dv) * Rkv,
+        gemm(latent + h * n * Rkv, Rkv, q + h * Dq, NH * Dq, 1, w_b + h * (Dn + Dv) * Rkv,
              Rkv, 1, n, Rkv, Dn, SET);
     #pragma omp parallel for schedule(dynamic) if (n * NH * Rkv * window > 16 * SMALL)
     for (size_t i = 0; i < n; i++) { // all heads at once: they see the same latents
@@ -1511,21 +1565,21 @@ static void latent_attention(real *out,         // [n, NH, Dv]
                              len = min_size(seen - u, capacity - at), \
                              at += (size_t)slot[i] * capacity, 1); u += len)
         EACH_PIECE {
-            gemm(p + u, seen, 1, latent + i * Rkv, n * Rkv, 1, c_kv + at * Rkv, 1, Rkv, NH, len,
+            gemm(p + u, seen, latent + i * Rkv, n * Rkv, 1, c_kv + at * Rkv, 1, Rkv, NH, len,
                  Rkv, SET);
-            gemm(p + u, seen, 1, q + i * NH * Dq + Dn, Dq, 1, k_pe + at * Dr, 1, Dr, NH, len, Dr,
+            gemm(p + u, seen, q + i * NH * Dq + Dn, Dq, 1, k_pe + at * Dr, 1, Dr, NH, len, Dr,
                  ADD);
         }
         for (size_t h = 0; h < NH; h++) {
             real *s = p + h * seen, max, sum = exp_row(s, &max, seen, (real)scale);
             for (u = 0; u < seen; u++) s[u] /= sum;
         }
-        EACH_PIECE gemm(o, n * Rkv, 1, p + u, seen, 1, c_kv + at * Rkv, Rkv, 1, NH, Rkv, len,
+        EACH_PIECE gemm(o, n * Rkv, p + u, seen, 1, c_kv + at * Rkv, Rkv, 1, NH, Rkv, len,
                         u > 0);
     }
     #pragma omp parallel for if (n * NH * Dv * Rkv > 4 * SMALL)
     for (size_t h = 0; h < NH; h++)
-        gemm(out + h * Dv, NH * Dv, 1, sums + h * n * Rkv, Rkv, 1,
+        gemm(out + h * Dv, NH * Dv, sums + h * n * Rkv, Rkv, 1,
              w_b + (h * (Dn + Dv) + Dn) * Rkv, 1, Rkv, n, Dv, Rkv, SET);
 }
 
@@ -2297,7 +2351,7 @@ static void gram(real *A,       // [m, m]
     else gemm_pack(pack, NR * n, X, n, 1, m, NR, n);
     for (size_t i = 0; i < m; i += STRIP) {
         size_t rows = min_size(STRIP, m - i);
-        gemm_packed(A + i * m, m, 1, X + i * n, n, 1, pack, NR * n, rows, i + rows, n, SET);
+        gemm_packed(A + i * m, m, X + i * n, n, 1, pack, NR * n, rows, i + rows, n, SET);
     }
     for (size_t left = 0; left < m; left += STRIP) // columns whose lines stay in L1
         for (size_t i = 0; i < m; i++)
@@ -2318,7 +2372,7 @@ static void newton_schulz(real *X,           // [m, n]
         gram(A, Y, X, m, n, 0);
         gram(A2, Y, A, m, m, 1);
         for (size_t i = 0; i < m * m; i++) A2[i] = b * A[i] + c * A2[i];
-        gemm(Y, n, 1, A2, m, 1, X, n, 1, m, n, m, SET);
+        gemm(Y, n, A2, m, 1, X, n, 1, m, n, m, SET);
         for (size_t i = 0; i < m * n; i++) X[i] = a * X[i] + Y[i];
     }
 }
