@@ -687,23 +687,22 @@ typedef real vec_unaligned __attribute__((vector_size(VBYTES), aligned(sizeof(re
 INLINE vec vec_load(const real *x) { return *(const vec_unaligned *)x; }
 INLINE void vec_store(real *x, vec v) { *(vec_unaligned *)x = v; }
 
-// to[j * to_row + i] = x[i * row + j] for i, j < 4.
-INLINE void transpose_4x4(real *to, size_t to_row, const real *x, size_t row)
+// Turns four rows of four numbers into columns.
+typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
+
+INLINE void transpose_quads(quad x[4])
 {
 #ifdef SHUFFLE
-    typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)),
-                                     may_alias));
-    quad x0 = *(const quad *)x, x1 = *(const quad *)(x + row);
-    quad x2 = *(const quad *)(x + 2 * row), x3 = *(const quad *)(x + 3 * row);
-    quad low02 = SHUFFLE(x0, x2, 0, 4, 1, 5), high02 = SHUFFLE(x0, x2, 2, 6, 3, 7);
-    quad low13 = SHUFFLE(x1, x3, 0, 4, 1, 5), high13 = SHUFFLE(x1, x3, 2, 6, 3, 7);
-    *(quad *)to = SHUFFLE(low02, low13, 0, 4, 1, 5);
-    *(quad *)(to + to_row) = SHUFFLE(low02, low13, 2, 6, 3, 7);
-    *(quad *)(to + 2 * to_row) = SHUFFLE(high02, high13, 0, 4, 1, 5);
-    *(quad *)(to + 3 * to_row) = SHUFFLE(high02, high13, 2, 6, 3, 7);
+    quad low02 = SHUFFLE(x[0], x[2], 0, 4, 1, 5), high02 = SHUFFLE(x[0], x[2], 2, 6, 3, 7);
+    quad low13 = SHUFFLE(x[1], x[3], 0, 4, 1, 5), high13 = SHUFFLE(x[1], x[3], 2, 6, 3, 7);
+    x[0] = SHUFFLE(low02, low13, 0, 4, 1, 5), x[1] = SHUFFLE(low02, low13, 2, 6, 3, 7);
+    x[2] = SHUFFLE(high02, high13, 0, 4, 1, 5), x[3] = SHUFFLE(high02, high13, 2, 6, 3, 7);
 #else
-    for (size_t i = 0; i < 4; i++)
-        for (size_t j = 0; j < 4; j++) to[j * to_row + i] = x[i * row + j];
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < i; j++) {
+            real swap = x[i][j];
+            x[i][j] = x[j][i], x[j][i] = swap;
+        }
 #endif
 }
 
@@ -727,7 +726,14 @@ INLINE void gemm_pack(real *to, size_t panel, const real *x, size_t row, size_t 
             size_t p = 0;
             for (; col == 1 && width % 4 == 0 && p + 4 <= k; p += 4)
                 for (size_t r = 0; r < width; r += 4)
-                    transpose_4x4(panel_i + p * width + r, width, xi + r * row + p, row);
+                {
+                    quad square[4];
+                    UNROLL for (size_t i = 0; i < 4; i++)
+                        square[i] = *(const quad *)(xi + (r + i) * row + p);
+                    transpose_quads(square);
+                    UNROLL for (size_t i = 0; i < 4; i++)
+                        *(quad *)(panel_i + (p + i) * width + r) = square[i];
+                }
             for (; p < k; p++)
                 for (size_t r = 0; r < width; r++)
                     panel_i[p * width + r] = xi[r * row + p * col];
@@ -852,38 +858,47 @@ static void gemm_blocked(real *c, size_t c_row, const real *a, size_t a_row, siz
 }
 
 // One row or two times a transposed matrix, as in decoding: to pack anything would take longer than
-// the product. So here the vectors run along p: lane l of chain q of a sum takes every p with
-// p / LANES % CHAINS == q and p % LANES == l, the last vectors of k going to chain 0; chains and
-// lanes are added in pairs, then what is left of k. This order is not that of gemm_blocked.
-enum { FEW = 2, CHAINS = 4 };
+// the product. So here the vectors run along p, for four columns at once: lane l of a sum takes
+// every p with p % LANES == l; lanes l and l + LANES / 2 are added, and so on in halves, then what
+// is left of k. This order is not that of gemm_blocked.
+enum { FEW = 2, QUADS = LANES > 4 ? LANES / 4 : 1 };
 
 INLINE void gemm_few_rows(real *c, size_t c_row, const real *a, size_t a_row, const real *b,
                           size_t b_col, size_t n, size_t k, int add, size_t rows)
 {
-    for (size_t j = 0; j < n; j++, b += b_col) {
-        vec zero = {0}, acc[FEW][CHAINS];
+    for (size_t j = 0; j < n; j += 4) {
+        const real *b0 = b + j * b_col, *b1 = b + min_size(j + 1, n - 1) * b_col;
+        const real *b2 = b + min_size(j + 2, n - 1) * b_col, *b3 = b + min_size(j + 3, n - 1) * b_col;
+        vec zero = {0}, acc[FEW][4] = {{zero}};
         UNROLL for (size_t i = 0; i < rows; i++)
-            UNROLL for (size_t q = 0; q < CHAINS; q++)
-                acc[i][q] = zero;
+            acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = zero;
         size_t p = 0;
-        for (; p + CHAINS * LANES <= k; p += CHAINS * LANES)
-            UNROLL for (size_t q = 0; q < CHAINS; q++)
-                UNROLL for (size_t i = 0; i < rows; i++)
-                    acc[i][q] += vec_load(a + i * a_row + p + q * LANES) *
-                                 vec_load(b + p + q * LANES);
         for (; p + LANES <= k; p += LANES)
-            UNROLL for (size_t i = 0; i < rows; i++)
-                acc[i][0] += vec_load(a + i * a_row + p) * vec_load(b + p);
+            UNROLL for (size_t i = 0; i < rows; i++) {
+                vec ap = vec_load(a + i * a_row + p);
+                acc[i][0] += ap * vec_load(b0 + p), acc[i][1] += ap * vec_load(b1 + p);
+                acc[i][2] += ap * vec_load(b2 + p), acc[i][3] += ap * vec_load(b3 + p);
+            }
         UNROLL for (size_t i = 0; i < rows; i++) {
-            real lane[LANES], rest = 0;
-            vec_store(lane, (acc[i][0] + acc[i][1]) + (acc[i][2] + acc[i][3]));
-            UNROLL for (size_t half = LANES / 2; half > 0; half /= 2)
-                UNROLL for (size_t l = 0; l < half; l++)
-                    lane[l] += lane[l + half];
-            for (size_t q = p; q < k; q++)
-                rest += a[i * a_row + q] * b[q];
-            real *cij = c + i * c_row + j;
-            *cij = add ? *cij + (lane[0] + rest) : lane[0] + rest;
+            quad lane[4][QUADS], sum[4];
+            memset(lane, 0, sizeof lane); // where a vector is less than a quad
+            UNROLL for (size_t l = 0; l < 4; l++) {
+                memcpy(lane[l], &acc[i][l], sizeof(vec));
+                UNROLL for (size_t half = QUADS / 2; half > 0; half /= 2)
+                    UNROLL for (size_t q = 0; q < half; q++)
+                        lane[l][q] += lane[l][q + half];
+                sum[l] = lane[l][0];
+            }
+            transpose_quads(sum);
+            sum[0] = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+            for (size_t q = p; q < k; q++) {
+                quad bq = {b0[q], b1[q], b2[q], b3[q]};
+                sum[0] += a[i * a_row + q] * bq;
+            }
+            real *to = c + i * c_row + j;
+            if (j + 4 <= n && add) *(quad *)to += sum[0];
+            else if (j + 4 <= n) *(quad *)to = sum[0];
+            else for (size_t l = 0; j + l < n; l++) to[l] = add ? to[l] + sum[0][l] : sum[0][l];
         }
     }
 }
