@@ -181,6 +181,15 @@ static int thread_count(void)
 #endif
 }
 
+static int thread_number(void) // in its team
+{
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------
 // 2  Configuration
 
@@ -440,6 +449,15 @@ static void tensor_name(char name[NAME_MAX_LENGTH], const char *prefix, const Te
 
 // A gradient has the shape of what it is the gradient of. Gradients of weights are added to, those
 // of activations set unless a mode says ADD.
+//
+// The threads of a team call an operation together, with the same arguments, and share out its
+// loops (omp for, at whose end they wait for each other); a thread that calls it alone does all of
+// it. So a whole pass through the model takes one parallel region, and a small one none.
+#if defined _OPENMP && !defined MOE_CUDA // on a GPU one thread gives the orders
+#define TEAM _Pragma("omp parallel")
+#else
+#define TEAM
+#endif
 
 // What `moe bench` learns of the operations. METER, first in an operation, counts its time until it
 // returns, less that of operations it calls, and its work: useful floating-point operations, and
@@ -468,7 +486,7 @@ static void device_finish(void); // waits for operations under way
 static Timer meter_start(const char *name, double flops, double bytes)
 {
     Timer t = {NULL, 0, 0};
-    if (!metered.on) return t;
+    if (!metered.on || thread_number() > 0) return t;
     size_t i = 0;
     while (i < metered.count && strcmp(metered.meter[i].name, name)) i++;
     t.meter = &metered.meter[i];
@@ -536,15 +554,20 @@ typedef struct {
 static void *device_alloc(size_t bytes) { return host_alloc(bytes, 1); }
 static void device_free(void *p) { free(p); }
 static void device_finish(void) {}
+enum { PIECE = 1 << 14 }; // bytes that a thread moves at a time
 static void device_zero(void *p, size_t bytes)
 {
     METER(__func__, 0, bytes);
-    memset(p, 0, bytes);
+    #pragma omp for
+    for (size_t at = 0; at < bytes; at += PIECE)
+        memset((char *)p + at, 0, min_size(PIECE, bytes - at));
 }
 static void device_copy(void *to, const void *from, size_t bytes)
 {
     METER(__func__, 0, 2 * bytes);
-    memcpy(to, from, bytes);
+    #pragma omp for
+    for (size_t at = 0; at < bytes; at += PIECE)
+        memcpy((char *)to + at, (const char *)from + at, min_size(PIECE, bytes - at));
 }
 static void to_device(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 static void to_host(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
@@ -572,13 +595,33 @@ static double free_memory(void)
     return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
 }
 
-enum { SMALL = 1 << 14 }; // elements that are not worth waking the other threads for
+static int team_size(void)
+{
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
 
-// Scratch memory of the calling thread, kept from call to call.
+// Scratch memory, kept from call to call: of the calling thread alone, and of its team.
 static real *scratch(size_t n)
 {
     static THREAD_LOCAL real *memory;
     static THREAD_LOCAL size_t size;
+    if (n > size) {
+        free(memory);
+        memory = (real *)host_alloc(n, sizeof(real));
+        size = n;
+    }
+    return memory;
+}
+
+static real *team_scratch(size_t n)
+{
+    static real *memory;
+    static size_t size;
+    #pragma omp single
     if (n > size) {
         free(memory);
         memory = (real *)host_alloc(n, sizeof(real));
@@ -805,8 +848,10 @@ INLINE void gemm_rows(real *c, size_t c_row, const real *a, size_t a_row, size_t
                 for (size_t r = tall; r < 2 * tall; r++)
                     for (size_t p = k * j / n; p < k * (j + nr) / n; p += 16)
                         __builtin_prefetch(ai + r * row + p);
-            if (nr > LANES) gemm_tile(cij, c_row, ai, row, col, bj, b_row, mr, nr, k, add, tall, NV);
-            else gemm_tile(cij, c_row, ai, row, col, bj, b_row, mr, nr, k, add, tall, 1);
+            if (nr > LANES)
+                gemm_tile(cij, c_row, ai, row, col, bj, b_row, mr, nr, k, add, tall, NV);
+            else
+                gemm_tile(cij, c_row, ai, row, col, bj, b_row, mr, nr, k, add, tall, 1);
         }
     }
 }
@@ -867,9 +912,10 @@ INLINE void gemm_few_rows(real *c, size_t c_row, const real *a, size_t a_row, co
                           size_t b_col, size_t n, size_t k, int add, size_t rows)
 {
     for (size_t j = 0; j < n; j += 4) {
-        const real *b0 = b + j * b_col, *b1 = b + min_size(j + 1, n - 1) * b_col;
-        const real *b2 = b + min_size(j + 2, n - 1) * b_col, *b3 = b + min_size(j + 3, n - 1) * b_col;
-        vec zero = {0}, acc[FEW][4] = {{zero}};
+        size_t last = n - 1;
+        const real *b0 = b + j * b_col, *b1 = b + min_size(j + 1, last) * b_col;
+        const real *b2 = b + min_size(j + 2, last) * b_col, *b3 = b + min_size(j + 3, last) * b_col;
+        vec zero = {0}, acc[FEW][4];
         UNROLL for (size_t i = 0; i < rows; i++)
             acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = zero;
         size_t p = 0;
@@ -932,14 +978,14 @@ enum { TILE_ROWS = 64 }; // at least, where there are so many
 
 static size_t tile_height(Rows r)
 {
-    size_t tall = ceil_div(r.rows, 2 * (size_t)thread_count());
+    size_t tall = ceil_div(r.rows, 2 * (size_t)team_size());
     if (tall < TILE_ROWS) return TILE_ROWS;
     return min_size(tall, 1024);
 }
 
 static size_t tile_width(Rows r, size_t cols)
 {
-    size_t share = ceil_div(ceil_div(cols, (size_t)thread_count()), NR) * NR;
+    size_t share = ceil_div(ceil_div(cols, (size_t)team_size()), NR) * NR;
     return r.rows > TILE_ROWS || share > NC ? NC : share;
 }
 
@@ -977,7 +1023,7 @@ static void matmul_forward(real *out,     // [rows, O], set or added to
     METER(r.offsets ? "experts_forward" : __func__, 2.0 * r.rows * O * I,
           (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
     long tiles = count_tiles(r, O);
-    #pragma omp parallel for schedule(dynamic) if (r.rows * O * I > 16 * SMALL)
+    #pragma omp for schedule(dynamic)
     for (long i = 0; i < tiles; i++) {
         Tile t = find_tile((size_t)i, r, O);
         gemm(out + t.row * O + t.col, O, x + t.row * I, I, 1,
@@ -992,7 +1038,7 @@ static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r,
     METER(r.offsets ? "experts_backward_x" : __func__, 2.0 * r.rows * O * I,
           (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
     long tiles = count_tiles(r, I);
-    #pragma omp parallel for schedule(dynamic) if (r.rows * O * I > 16 * SMALL)
+    #pragma omp for schedule(dynamic)
     for (long i = 0; i < tiles; i++) {
         Tile t = find_tile((size_t)i, r, I);
         gemm(dx + t.row * I + t.col, I, dout + t.row * O, O, 1,
@@ -1006,11 +1052,11 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
 {
     METER(r.offsets ? "experts_backward_w" : __func__, 2.0 * r.rows * O * I,
           (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
-    size_t threads = (size_t)thread_count(), tall = O; // few tiles: gemm packs all of x for each
+    size_t threads = (size_t)team_size(), tall = O; // few tiles: gemm packs all of x for each
     if (r.groups < 2 * threads) tall = ceil_div(ceil_div(O, threads), MR) * MR;
     if (tall < 48) tall = 48;
     size_t down = ceil_div(O, tall), across = ceil_div(I, NC);
-    #pragma omp parallel for schedule(dynamic)
+    #pragma omp for schedule(dynamic)
     for (long t = 0; t < (long)(r.groups * down * across); t++) {
         size_t e = (size_t)t / (down * across), begin = group_begin(r, e);
         size_t o = (size_t)t / across % down * tall, i = (size_t)t % across * NC;
@@ -1027,7 +1073,7 @@ static void rmsnorm_forward(real *out,     // [N, C]
                             size_t N, size_t C, size_t ld_out, size_t ld_x, double eps)
 {
     METER(__func__, 0, 2 * N * C * sizeof(real));
-    #pragma omp parallel for if (N * C > SMALL)
+    #pragma omp for
     for (size_t n = 0; n < N; n++) {
         const real *xn = x + n * ld_x;
         accum sum = 0;
@@ -1048,8 +1094,8 @@ static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *
     METER(__func__, 0, 3 * N * C * sizeof(real));
     enum { ROWS = 64 }; // whose dw is summed apart, so that nobody shares a sum
     size_t parts = ceil_div(N, ROWS);
-    accum *part = scratch(parts * C);
-    #pragma omp parallel for if (N * C > SMALL)
+    accum *part = team_scratch(parts * C);
+    #pragma omp for
     for (size_t k = 0; k < parts; k++) {
         accum *dw_k = part + k * C;
         memset(dw_k, 0, C * sizeof(accum));
@@ -1067,6 +1113,7 @@ static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *
             }
         }
     }
+    #pragma omp single
     for (size_t k = 0; k < parts; k++)
         for (size_t i = 0; i < C; i++) dw[i] += part[k * C + i];
 }
@@ -1078,7 +1125,7 @@ static void swiglu_forward(real *act,        // [n]
                            size_t n)
 {
     METER(__func__, 0, 3 * n * sizeof(real));
-    #pragma omp parallel for simd if (parallel : n > SMALL)
+    #pragma omp for simd
     for (size_t i = 0; i < n; i++) act[i] = gate[i] * sigmoid(gate[i]) * up[i];
 }
 
@@ -1087,7 +1134,7 @@ static void swiglu_backward(real *dgate, real *dup, const real *dact, const real
                             const real *up, size_t n)
 {
     METER(__func__, 0, 5 * n * sizeof(real));
-    #pragma omp parallel for simd if (parallel : n > SMALL)
+    #pragma omp for simd
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(gate[i]), silu = gate[i] * s;
         dup[i] = dact[i] * silu;
@@ -1102,7 +1149,7 @@ static void embedding_forward(real *out,        // [N, C]
                               size_t N, size_t C)
 {
     METER(__func__, 0, 2 * N * C * sizeof(real));
-    #pragma omp parallel for if (N * C > SMALL)
+    #pragma omp for
     for (size_t n = 0; n < N; n++)
         memcpy(out + n * C, w + (size_t)token[n] * C, C * sizeof(real));
 }
@@ -1112,7 +1159,7 @@ static void embedding_backward(accum *dw, const real *dout, const int *token, si
 {
     METER(__func__, 0, 2 * N * C * sizeof(real));
     enum { STRIP = 32 }; // columns that a thread sums alone, so that nobody shares a sum
-    #pragma omp parallel for if (N * C > SMALL)
+    #pragma omp for
     for (size_t begin = 0; begin < C; begin += STRIP) {
         size_t end = min_size(C, begin + STRIP);
         for (size_t n = 0; n < N; n++)
@@ -1125,6 +1172,7 @@ static void crop_forward(real *out,      // [B, T, C]
                          const real *in, // [B, Tin, C], Tin >= T
                          size_t B, size_t T, size_t Tin, size_t C)
 {
+    #pragma omp for
     for (size_t b = 0; b < B; b++)
         memcpy(out + b * T * C, in + b * Tin * C, T * C * sizeof(real));
 }
@@ -1132,9 +1180,11 @@ static void crop_forward(real *out,      // [B, T, C]
 // out[b,t] = in[b,t]: din[b,t] = dout[b,t] for t < T, 0 after.
 static void crop_backward(real *din, const real *dout, size_t B, size_t T, size_t Tin, size_t C)
 {
-    memset(din, 0, B * Tin * C * sizeof(real));
-    for (size_t b = 0; b < B; b++)
+    #pragma omp for
+    for (size_t b = 0; b < B; b++) {
         memcpy(din + b * Tin * C, dout + b * T * C, T * C * sizeof(real));
+        memset(din + (b * Tin + T) * C, 0, (Tin - T) * C * sizeof(real));
+    }
 }
 
 // Turns the pair (x_2j, x_2j+1) of a row at position p by the angle p theta_j, whose cosine and
@@ -1143,7 +1193,7 @@ static void crop_backward(real *din, const real *dout, size_t B, size_t T, size_
 static void rope_turn(real *out, const real *x, const int *pos, const accum *table, accum sign,
                       size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
 {
-    #pragma omp parallel for if (N * heads * Dr > SMALL)
+    #pragma omp for
     for (size_t n = 0; n < N; n++)
         for (size_t h = 0; h < heads; h++) {
             const accum *angle = table + (size_t)pos[n] * Dr;
@@ -1191,7 +1241,7 @@ static void pack_keys(real *to, const real *k_nope, const real *k_pe, size_t T, 
     gemm_pack(to + NR * Dn, NR * (Dn + Dr), k_pe, Dr, 1, T, NR, Dr);
 }
 
-// Of a row of scores [cols] only the first `seen` count: the rest of their last vector becomes -inf,
+// Of a row of scores [cols] the first `seen` count: the rest of their last vector becomes -inf,
 // what follows 0. Returns where that begins.
 static size_t mask_row(real *s, size_t seen, size_t cols)
 {
@@ -1212,7 +1262,7 @@ static void attention_forward(real *out,        // [B, T, NH, Dv]
     METER(__func__, (double)(B * NH * T * T) * (double)(Dn + Dr + Dv),
           B * T * (NH * (2 * Dn + Dr + 2 * Dv) + Dr) * sizeof(real));
     size_t Dq = Dn + Dr, ld = NH * (Dn + Dv);
-    #pragma omp parallel for if (B * NH * T * T > SMALL)
+    #pragma omp for
     for (size_t bh = 0; bh < B * NH; bh++) {
         size_t b = bh / NH, h = bh % NH;
         real *k = scratch(PADDED(T) * (Dq + ATTENTION_BLOCK) + PADDED(Dv) * T);
@@ -1250,7 +1300,7 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
     METER(__func__, 2.0 * (double)(B * NH * T * T) * (double)(Dn + Dr + Dv),
           2 * B * T * (NH * (2 * Dn + Dr + 2 * Dv) + Dr) * sizeof(real));
     size_t Dq = Dn + Dr, Dkv = Dn + Dv, ld = NH * Dkv;
-    #pragma omp parallel for if (B * NH * T * T > SMALL)
+    #pragma omp for
     for (size_t bh = 0; bh < B * NH; bh++) {
         size_t b = bh / NH, h = bh % NH;
         const real *k_nope = kv + b * T * ld + h * Dkv, *k_pe_b = k_pe + b * T * Dr;
@@ -1296,7 +1346,7 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
             memcpy(dk_pe_heads + (bh * T + t) * Dr, dk + t * Dq + Dn, Dr * sizeof(real));
         }
     }
-    #pragma omp parallel for if (B * NH * T * T > SMALL)
+    #pragma omp for
     for (size_t bt = 0; bt < B * T; bt++)
         for (size_t j = 0; j < Dr; j++) {
             accum sum = 0;
@@ -1335,7 +1385,7 @@ static void router_forward(accum *s,          // [N, E] affinities
     METER(__func__, 0, N * E * sizeof(real));
     matmul_forward(s, x, w, all_rows(N), E, C, SET);
     size_t size = E / G; // of a group
-    #pragma omp parallel for if (N * E > SMALL)
+    #pragma omp for
     for (size_t n = 0; n < N; n++) {
         accum *sn = s + n * E;
         real *choice = scratch(E + G + 2 * KG), *group_score = choice + E;
@@ -1375,7 +1425,7 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
                             size_t E, size_t K, int norm, double scale)
 {
     METER(__func__, 0, 3 * N * E * sizeof(real));
-    #pragma omp parallel for if (N * E > SMALL)
+    #pragma omp for
     for (size_t n = 0; n < N; n++) {
         const accum *sn = s + n * E, *dgn = dg + n * K;
         const int *taken = topk + n * K;
@@ -1399,7 +1449,7 @@ static void balance_forward(accum *loss,    // [B]
                             size_t B, size_t T, size_t E, size_t K)
 {
     METER(__func__, 0, B * T * E * sizeof(real));
-    #pragma omp parallel for if (B * T * E > SMALL)
+    #pragma omp for
     for (size_t b = 0; b < B; b++) {
         real *P = scratch(E + K);
         int *best = (int *)(P + E);
@@ -1426,7 +1476,7 @@ static void balance_backward(accum *ds, double dloss, const accum *f, const accu
                              size_t T, size_t E)
 {
     METER(__func__, 0, 2 * B * T * E * sizeof(real));
-    #pragma omp parallel for if (B * T * E > SMALL)
+    #pragma omp for
     for (size_t n = 0; n < B * T; n++) {
         const accum *fb = f + n / T * E, *sn = s + n * E;
         accum sum = 0, dot = 0;
@@ -1446,13 +1496,16 @@ static void dispatch_forward(real *xs,        // [N K, C]
                              size_t N, size_t K, size_t E, size_t C)
 {
     METER(__func__, 0, 2 * N * K * C * sizeof(real));
-    memset(offsets, 0, (E + 1) * sizeof(int));
-    for (size_t i = 0; i < N * K; i++) offsets[topk[i] + 1]++;
-    for (size_t e = 0; e < E; e++) offsets[e + 1] += offsets[e];
-    for (size_t i = 0; i < N * K; i++) row[i] = offsets[topk[i]]++;
-    for (size_t e = E; e > 0; e--) offsets[e] = offsets[e - 1]; // each had moved to its end
-    offsets[0] = 0;
-    #pragma omp parallel for if (N * K * C > SMALL)
+    #pragma omp single
+    {
+        memset(offsets, 0, (E + 1) * sizeof(int));
+        for (size_t i = 0; i < N * K; i++) offsets[topk[i] + 1]++;
+        for (size_t e = 0; e < E; e++) offsets[e + 1] += offsets[e];
+        for (size_t i = 0; i < N * K; i++) row[i] = offsets[topk[i]]++;
+        for (size_t e = E; e > 0; e--) offsets[e] = offsets[e - 1]; // each had moved to its end
+        offsets[0] = 0;
+    }
+    #pragma omp for
     for (size_t i = 0; i < N * K; i++)
         memcpy(xs + (size_t)row[i] * C, x + i / K * C, C * sizeof(real));
 }
@@ -1462,7 +1515,7 @@ static void dispatch_backward(real *dx, const real *dxs, const int *row, size_t 
                               size_t C, enum Mode mode)
 {
     METER(__func__, 0, N * (K + 1) * C * sizeof(real));
-    #pragma omp parallel for if (N * K * C > SMALL)
+    #pragma omp for
     for (size_t n = 0; n < N; n++) {
         if (mode == SET) memset(dx + n * C, 0, C * sizeof(real));
         for (size_t k = 0; k < K; k++) {
@@ -1480,7 +1533,7 @@ static void combine_forward(real *y,         // [N, C], added to
                             size_t N, size_t K, size_t C)
 {
     METER(__func__, 0, N * (K + 2) * C * sizeof(real));
-    #pragma omp parallel for if (N * K * C > SMALL)
+    #pragma omp for
     for (size_t n = 0; n < N; n++)
         for (size_t k = 0; k < K; k++) {
             const real *from = out + (size_t)row[n * K + k] * C;
@@ -1494,7 +1547,7 @@ static void combine_backward(real *dout, accum *dg, const real *dy, const real *
                              const int *row, size_t N, size_t K, size_t C)
 {
     METER(__func__, 0, N * (2 * K + 1) * C * sizeof(real));
-    #pragma omp parallel for if (N * K * C > SMALL)
+    #pragma omp for
     for (size_t n = 0; n < N; n++)
         for (size_t k = 0; k < K; k++) {
             size_t at = (size_t)row[n * K + k] * C;
@@ -1517,7 +1570,7 @@ static void cross_entropy_forward(accum *loss,        // [N] -log p(target)
 {
     METER(__func__, 0, N * V * sizeof(real));
     real beta = (real)(1 / temperature);
-    #pragma omp parallel for if (N * V > SMALL)
+    #pragma omp for
     for (size_t n = 0; n < N; n++) {
         const real *z = logits + n * V;
         real max = z[0];
@@ -1538,7 +1591,7 @@ static void cross_entropy_backward(real *dlogits, double scale,
 {
     METER(__func__, 0, 2 * N * V * sizeof(real));
     real beta = (real)(1 / temperature);
-    #pragma omp parallel for if (N * V > SMALL)
+    #pragma omp for
     for (size_t n = 0; n < N; n++) {
         const real *z = logits + n * V;
         real *dz = dlogits + n * V, d = (real)scale * dloss[n] * beta;
@@ -1566,11 +1619,11 @@ static void latent_attention(real *out,         // [n, NH, Dv]
     METER(__func__, 0, 0);
     size_t Dq = Dn + Dr;
     real *sums = latent + n * NH * Rkv;
-    #pragma omp parallel for if (n * NH * Dn * Rkv > 4 * SMALL)
+    #pragma omp for
     for (size_t h = 0; h < NH; h++)
         gemm(latent + h * n * Rkv, Rkv, q + h * Dq, NH * Dq, 1, w_b + h * (Dn + Dv) * Rkv,
              Rkv, 1, n, Rkv, Dn, SET);
-    #pragma omp parallel for schedule(dynamic) if (n * NH * Rkv * window > 16 * SMALL)
+    #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < n; i++) { // all heads at once: they see the same latents
         size_t last = (size_t)pos[i], seen = min_size(last + 1, window), first = last + 1 - seen;
         real *p = scratch(NH * seen), *o = sums + i * Rkv; // [NH, seen], [NH, Rkv]
@@ -1592,7 +1645,7 @@ static void latent_attention(real *out,         // [n, NH, Dv]
         EACH_PIECE gemm(o, n * Rkv, p + u, seen, 1, c_kv + at * Rkv, Rkv, 1, NH, Rkv, len,
                         u > 0);
     }
-    #pragma omp parallel for if (n * NH * Dv * Rkv > 4 * SMALL)
+    #pragma omp for
     for (size_t h = 0; h < NH; h++)
         gemm(out + h * Dv, NH * Dv, sums + h * n * Rkv, Rkv, 1,
              w_b + (h * (Dn + Dv) + Dn) * Rkv, 1, Rkv, n, Dv, Rkv, SET);
@@ -1605,6 +1658,7 @@ static void cache_store(real *cache,     // [slots, capacity, width]
                         const int *pos,  // [n]
                         size_t n, size_t width, size_t capacity)
 {
+    #pragma omp for
     for (size_t i = 0; i < n; i++)
         memcpy(cache + ((size_t)slot[i] * capacity + (size_t)pos[i] % capacity) * width,
                x + i * width, width * sizeof(real));
@@ -2204,22 +2258,24 @@ static void head_backward(Model *m, LayerActs *d, const LayerActs *a, size_t k, 
 static void model_forward(const Model *m, Acts *a)
 {
     const Config *c = &m->config;
-    embedding_forward(a->layer[0].x, a->batch[0].token, m->w.embed, a->B * a->T, c->C);
-    for (size_t l = 0; l < c->L; l++)
-        block_forward(&a->layer[l], &m->layer[l], c, &a->batch[0], a->rope);
-    for (size_t k = 0; k <= a->depths; k++) {
-        const Batch *b = &a->batch[k];
-        LayerActs *al = &a->layer[c->L - 1 + k];
-        if (k > 0) {
-            size_t l = c->L + k - 1;
-            crop_forward(al->h_prev, a->layer[l - 1].out, b->B, b->T, a->batch[k - 1].T,
-                         c->C);
-            mtp_forward(al, &m->layer[l], m->w.embed, b->token, c, b->B * b->T);
-            block_forward(al, &m->layer[l], c, b, a->rope);
+    TEAM {
+        embedding_forward(a->layer[0].x, a->batch[0].token, m->w.embed, a->B * a->T, c->C);
+        for (size_t l = 0; l < c->L; l++)
+            block_forward(&a->layer[l], &m->layer[l], c, &a->batch[0], a->rope);
+        for (size_t k = 0; k <= a->depths; k++) {
+            const Batch *b = &a->batch[k];
+            LayerActs *al = &a->layer[c->L - 1 + k];
+            if (k > 0) {
+                size_t l = c->L + k - 1;
+                crop_forward(al->h_prev, a->layer[l - 1].out, b->B, b->T, a->batch[k - 1].T,
+                             c->C);
+                mtp_forward(al, &m->layer[l], m->w.embed, b->token, c, b->B * b->T);
+                block_forward(al, &m->layer[l], c, b, a->rope);
+            }
+            head_forward(m, al, k, b->B * b->T);
+            cross_entropy_forward(al->loss, al->lse_v, al->logits, b->target, a->temperature,
+                                  b->B * b->T, c->V);
         }
-        head_forward(m, al, k, b->B * b->T);
-        cross_entropy_forward(al->loss, al->lse_v, al->logits, b->target, a->temperature,
-                              b->B * b->T, c->V);
     }
 }
 
@@ -2231,6 +2287,7 @@ static void model_backward(Model *m, Acts *a, double scale)
     const Config *c = &m->config;
     LayerActs *d = &a->d;
     double dbalance = scale * a->alpha / (double)a->B;
+    TEAM
     for (size_t depth = a->depths + 1; depth-- > 0;) {
         const Batch *b = &a->batch[depth];
         size_t last = c->L - 1 + depth, first = depth ? last : 0, N = b->B * b->T;
@@ -2324,7 +2381,7 @@ static void adamw_step(real *weights, accum *master, accum *m, accum *v, const a
     for (size_t s = 0; s < spans; s++) {
         size_t begin = span[s].offset, end = begin + span[s].size;
         accum keep = (accum)(span[s].decays ? 1 - lr * decay : 1);
-        #pragma omp parallel for if (end - begin > SMALL)
+        #pragma omp parallel for if (end - begin > SPAN_PIECE)
         for (size_t i = begin; i < end; i++) {
             accum g = grads[i] * scale;
             m[i] = b1 * m[i] + (1 - b1) * g;
@@ -2630,37 +2687,52 @@ static void decode_block(Decoder *s, size_t l, size_t n)
     ffn_forward(a, w, c, n);
 }
 
+// The main model on n tokens: a.logits, and what the head saw.
+static void decode_main(Decoder *s, size_t n)
+{
+    const Config *c = &s->m->config;
+    LayerActs *a = &s->a;
+    embedding_forward(a->x, s->token, s->m->w.embed, n, c->C);
+    for (size_t l = 0; l < c->L; l++) {
+        if (l > 0) device_copy(a->x, a->y, n * c->C * sizeof(real));
+        decode_block(s, l, n);
+    }
+    head_forward(s->m, a, 0, n);
+    device_copy(s->hidden, a->out, n * c->C * sizeof(real));
+}
+
+// The first MTP depth on the first n of them.
+static void decode_depth(Decoder *s, size_t n)
+{
+    const Config *c = &s->m->config;
+    device_copy(s->a.h_prev, s->hidden, n * c->C * sizeof(real));
+    mtp_forward(&s->a, &s->m->layer[c->L], s->m->w.embed, s->token, c, n);
+    decode_block(s, c->L, n);
+    head_forward(s->m, &s->a, 1, n);
+}
+
+// Weights times tokens up to which one thread is faster than several that wait for each other.
+enum { ALONE = 1 << 22 };
+static int is_small(const Decoder *s, size_t n) { return n * s->m->layout.elements <= ALONE; }
+
 // Runs n <= max_rows tokens through the main model. Leaves logits in a.logits [n, V] and what the
 // head saw in hidden [n, C].
 static void decode(Decoder *s, const int *token, const int *slot, const int *pos, size_t n)
 {
-    const Config *c = &s->m->config;
-    size_t C = c->C;
     to_device(s->token, token, n * sizeof(int));
     to_device(s->slot, slot, n * sizeof(int));
     to_device(s->pos, pos, n * sizeof(int));
-    embedding_forward(s->a.x, s->token, s->m->w.embed, n, C);
-    for (size_t l = 0; l < c->L; l++) {
-        decode_block(s, l, n);
-        if (l == c->L - 1) break;
-        real *swap = s->a.x;
-        s->a.x = s->a.y;
-        s->a.y = swap;
-    }
-    head_forward(s->m, &s->a, 0, n);
-    device_copy(s->hidden, s->a.out, n * C * sizeof(real));
+    if (is_small(s, n)) decode_main(s, n);
+    else TEAM decode_main(s, n);
 }
 
 // Runs the first MTP depth on the first n rows of the last decode(); next[i] is the token after
 // row i's. Leaves the logits of the token after that one in a.logits [n, V].
 static void decode_mtp(Decoder *s, const int *next, size_t n)
 {
-    const Config *c = &s->m->config;
     to_device(s->token, next, n * sizeof(int));
-    device_copy(s->a.h_prev, s->hidden, n * c->C * sizeof(real));
-    mtp_forward(&s->a, &s->m->layer[c->L], s->m->w.embed, s->token, c, n);
-    decode_block(s, c->L, n);
-    head_forward(s->m, &s->a, 1, n);
+    if (is_small(s, n)) decode_depth(s, n);
+    else TEAM decode_depth(s, n);
 }
 
 typedef struct {
