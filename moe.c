@@ -460,8 +460,8 @@ static void tensor_name(char name[NAME_MAX_LENGTH], const char *prefix, const Te
 #endif
 
 // What `moe bench` learns of the operations. METER, first in an operation, counts its time until it
-// returns, less that of operations it calls, and its work: useful floating-point operations, and
-// the bytes that must move at least, every number once.
+// returns, and its work: useful floating-point operations, and the bytes that must move at least,
+// every number once. What it calls belongs to it.
 typedef struct {
     const char *name;
     size_t calls;
@@ -470,23 +470,22 @@ typedef struct {
 
 enum { METERS = 64 };
 static struct {
-    int on;
+    int on, inside; // inside: an operation is at work
     size_t count;
     Meter meter[METERS];
-    double inner; // seconds of operations that returned since the one at work began
 } metered;
 
 typedef struct {
     Meter *meter; // NULL: not counted
-    double start, inner;
+    double start;
 } Timer;
 
 static void device_finish(void); // waits for operations under way
 
 static Timer meter_start(const char *name, double flops, double bytes)
 {
-    Timer t = {NULL, 0, 0};
-    if (!metered.on || thread_number() > 0) return t;
+    Timer t = {NULL, 0};
+    if (!metered.on || thread_number() > 0 || metered.inside) return t;
     size_t i = 0;
     while (i < metered.count && strcmp(metered.meter[i].name, name)) i++;
     t.meter = &metered.meter[i];
@@ -494,8 +493,7 @@ static Timer meter_start(const char *name, double flops, double bytes)
     t.meter->calls++;
     t.meter->flops += flops;
     t.meter->bytes += bytes;
-    t.inner = metered.inner;
-    metered.inner = 0;
+    metered.inside = 1;
     t.start = now();
     return t;
 }
@@ -504,9 +502,8 @@ static void meter_stop(Timer *t)
 {
     if (!t->meter) return;
     device_finish();
-    double seconds = now() - t->start;
-    t->meter->seconds += seconds - metered.inner;
-    metered.inner = t->inner + seconds;
+    t->meter->seconds += now() - t->start;
+    metered.inside = 0;
 }
 
 #define METER(name, flops, bytes) \
@@ -1305,17 +1302,18 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
         size_t b = bh / NH, h = bh % NH;
         const real *k_nope = kv + b * T * ld + h * Dkv, *k_pe_b = k_pe + b * T * Dr;
         real *kt = scratch(PADDED(T) * (Dq + Dv + 2 * ATTENTION_BLOCK) +
-                           (PADDED(Dn) + PADDED(Dr) + Dq + Dv) * T);
+                           (PADDED(Dn) + PADDED(Dr)) * T);
         real *vt = kt + PADDED(T) * Dq, *kn = vt + PADDED(T) * Dv, *kr = kn + PADDED(Dn) * T;
-        real *dk = kr + PADDED(Dr) * T, *dv = dk + T * Dq; // [T, Dn + Dr], [T, Dv]
-        real *p = dv + T * Dv, *dp = p + ATTENTION_BLOCK * PADDED(T);
+        real *p = kr + PADDED(Dr) * T, *dp = p + ATTENTION_BLOCK * PADDED(T);
+        real *dk = dkv + b * T * ld + h * Dkv, *dk_pe_h = dk_pe_heads + bh * T * Dr;
         pack_keys(kt, k_nope, k_pe_b, T, Dn, Dr, ld);
         gemm_pack(vt, NR * Dv, k_nope + Dn, ld, 1, T, NR, Dv);
         gemm_pack(kn, NR * T, k_nope, 1, ld, Dn, NR, T);
         gemm_pack(kr, NR * T, k_pe_b, 1, Dr, Dr, NR, T);
-        memset(dk, 0, T * (Dq + Dv) * sizeof(real));
-        for (size_t t = 0; t < T; t += ATTENTION_BLOCK) {
-            size_t rows = min_size(ATTENTION_BLOCK, T - t), cols = t + rows, ld_p = PADDED(cols);
+        for (size_t block = ceil_div(T, ATTENTION_BLOCK); block-- > 0;) { // the last sees all keys
+            size_t t = block * ATTENTION_BLOCK, rows = min_size(ATTENTION_BLOCK, T - t);
+            size_t cols = t + rows, ld_p = PADDED(cols);
+            enum Mode mode = cols == T ? SET : ADD;
             const real *qt = q + ((b * T + t) * NH + h) * Dq;
             const real *ot = out + ((b * T + t) * NH + h) * Dv;
             const real *dot = dout + ((b * T + t) * NH + h) * Dv;
@@ -1334,16 +1332,11 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
                 }
                 for (size_t u = end; u < cols; u++) ds[u] = 0;
             }
-            gemm(dv, Dv, p, 1, ld_p, dot, NH * Dv, 1, cols, Dv, rows, ADD);
-            gemm(dk, Dq, dp, 1, ld_p, qt, NH * Dq, 1, cols, Dq, rows, ADD);
+            gemm(dk + Dn, ld, p, 1, ld_p, dot, NH * Dv, 1, cols, Dv, rows, mode);
+            gemm(dk, ld, dp, 1, ld_p, qt, NH * Dq, 1, cols, Dn, rows, mode);
+            gemm(dk_pe_h, Dr, dp, 1, ld_p, qt + Dn, NH * Dq, 1, cols, Dr, rows, mode);
             gemm_packed(dqt, NH * Dq, dp, ld_p, 1, kn, NR * T, rows, Dn, cols, SET);
             gemm_packed(dqt + Dn, NH * Dq, dp, ld_p, 1, kr, NR * T, rows, Dr, cols, SET);
-        }
-        for (size_t t = 0; t < T; t++) {
-            real *dkv_t = dkv + ((b * T + t) * NH + h) * Dkv;
-            memcpy(dkv_t, dk + t * Dq, Dn * sizeof(real));
-            memcpy(dkv_t + Dn, dv + t * Dv, Dv * sizeof(real));
-            memcpy(dk_pe_heads + (bh * T + t) * Dr, dk + t * Dq + Dn, Dr * sizeof(real));
         }
     }
     #pragma omp for
@@ -1359,14 +1352,11 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
 // Indices of the K largest of n values, in falling order; of equal ones the first.
 static void top_k(int *index, const accum *value, size_t n, size_t K)
 {
-    for (size_t k = 0; k < K; k++) {
-        int best = -1;
-        for (size_t i = 0; i < n; i++) {
-            int taken = 0;
-            for (size_t j = 0; j < k; j++) taken |= index[j] == (int)i;
-            if (!taken && (best < 0 || value[i] > value[best])) best = (int)i;
-        }
-        index[k] = best;
+    for (size_t i = 0, kept = 0; i < n; i++) {
+        if (kept == K && !(value[i] > value[index[K - 1]])) continue;
+        size_t at = kept < K ? kept++ : K - 1;
+        for (; at > 0 && value[i] > value[index[at - 1]]; at--) index[at] = index[at - 1];
+        index[at] = (int)i;
     }
 }
 
@@ -1382,7 +1372,7 @@ static void router_forward(accum *s,          // [N, E] affinities
                            size_t N, size_t C, size_t E, size_t K, size_t G, size_t KG, int norm,
                            double scale)
 {
-    METER(__func__, 0, N * E * sizeof(real));
+    METER(__func__, 2.0 * N * E * C, (N * (C + E) + E * C) * sizeof(real));
     matmul_forward(s, x, w, all_rows(N), E, C, SET);
     size_t size = E / G; // of a group
     #pragma omp for
@@ -1424,7 +1414,7 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
                             const int *topk, const real *x, const real *w, size_t N, size_t C,
                             size_t E, size_t K, int norm, double scale)
 {
-    METER(__func__, 0, 3 * N * E * sizeof(real));
+    METER(__func__, 4.0 * N * E * C, (N * (2 * C + 3 * E) + 2 * E * C) * sizeof(real));
     #pragma omp for
     for (size_t n = 0; n < N; n++) {
         const accum *sn = s + n * E, *dgn = dg + n * K;
@@ -2668,11 +2658,10 @@ static void decoder_free(Decoder *s)
 }
 
 // block_forward with the cache in attention's place: a.x -> a.y.
-static void decode_block(Decoder *s, size_t l, size_t n)
+static void decode_block(const Decoder *s, LayerActs *a, size_t l, size_t n)
 {
     const Config *c = &s->m->config;
     const LayerWeights *w = &s->m->layer[l];
-    LayerActs *a = &s->a;
     size_t C = c->C, NH = c->NH, Rkv = c->Rkv;
     size_t Dn = c->Dn, Dr = c->Dr, Dv = c->Dv;
     rmsnorm_forward(a->xn, a->rstd_x, a->x, w->attn_norm, n, C, C, C, c->eps);
@@ -2688,31 +2677,33 @@ static void decode_block(Decoder *s, size_t l, size_t n)
 }
 
 // The main model on n tokens: a.logits, and what the head saw.
-static void decode_main(Decoder *s, size_t n)
+static void decode_main(const Decoder *s, size_t n)
 {
     const Config *c = &s->m->config;
-    LayerActs *a = &s->a;
-    embedding_forward(a->x, s->token, s->m->w.embed, n, c->C);
+    LayerActs a = s->a;
+    embedding_forward(a.x, s->token, s->m->w.embed, n, c->C);
     for (size_t l = 0; l < c->L; l++) {
-        if (l > 0) device_copy(a->x, a->y, n * c->C * sizeof(real));
-        decode_block(s, l, n);
+        real *x = a.x;
+        if (l > 0) a.x = a.y, a.y = x;
+        decode_block(s, &a, l, n);
     }
-    head_forward(s->m, a, 0, n);
-    device_copy(s->hidden, a->out, n * c->C * sizeof(real));
+    head_forward(s->m, &a, 0, n);
+    device_copy(s->hidden, a.out, n * c->C * sizeof(real));
 }
 
 // The first MTP depth on the first n of them.
-static void decode_depth(Decoder *s, size_t n)
+static void decode_depth(const Decoder *s, size_t n)
 {
     const Config *c = &s->m->config;
-    device_copy(s->a.h_prev, s->hidden, n * c->C * sizeof(real));
-    mtp_forward(&s->a, &s->m->layer[c->L], s->m->w.embed, s->token, c, n);
-    decode_block(s, c->L, n);
-    head_forward(s->m, &s->a, 1, n);
+    LayerActs a = s->a;
+    device_copy(a.h_prev, s->hidden, n * c->C * sizeof(real));
+    mtp_forward(&a, &s->m->layer[c->L], s->m->w.embed, s->token, c, n);
+    decode_block(s, &a, c->L, n);
+    head_forward(s->m, &a, 1, n);
 }
 
 // Weights times tokens up to which one thread is faster than several that wait for each other.
-enum { ALONE = 1 << 22 };
+enum { ALONE = 3 << 20 };
 static int is_small(const Decoder *s, size_t n) { return n * s->m->layout.elements <= ALONE; }
 
 // Runs n <= max_rows tokens through the main model. Leaves logits in a.logits [n, V] and what the

@@ -1501,7 +1501,7 @@ static void router_forward(accum *s,          // [N, E] affinities
                            size_t N, size_t C, size_t E, size_t K, size_t G, size_t KG, int norm,
                            double scale)
 {
-    METER(__func__, 0, N * E * sizeof(real));
+    METER(__func__, 2.0 * N * E * C, (N * (C + E) + E * C) * sizeof(real));
     gemm(s, E, x, 0, C, w, 1, C, N, E, C, 0);
     RUN_KERNEL(router_forward_kernel, grid_of(N, 1), WARP,
                (E + G) * (sizeof(float) + 1) + KG * sizeof(int), s, topk, g, bias, (int)E, (int)K,
@@ -1534,7 +1534,7 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
                             const int *topk, const real *x, const real *w, size_t N, size_t C,
                             size_t E, size_t K, int norm, double scale)
 {
-    METER(__func__, 0, 3 * N * E * sizeof(real));
+    METER(__func__, 4.0 * N * E * C, (N * (2 * C + 3 * E) + 2 * E * C) * sizeof(real));
     real *dz = (real *)scratch(N * E * sizeof(real)); // [N, E]
     RUN_KERNEL(router_backward_kernel, grid_of(N, 1), WARP, 0, dz, ds, dg, s, topk, (int)E, (int)K,
                norm, (float)scale);
