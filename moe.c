@@ -3030,16 +3030,22 @@ static GrpoSums grpo_backward(Model *m, const Model *ref, Acts *a, size_t room, 
 // Questions that a program can make, and whose answers it can judge. A line of text holds both:
 //     question <TAB> <think>any thoughts</think><answer>the answer</answer> <NEWLINE>
 // add 347+586, mul 23*45: the number. sort 5,31,8: the numbers in order. countdown 3,5,8=64: an
-// expression of all the numbers, each used once, with + - * / ( ), that equals the target.
-enum { TASK_ADD, TASK_MUL, TASK_COUNTDOWN, TASK_SORT, TASKS };
-static const char *const task_names[TASKS] = {"add", "mul", "countdown", "sort"};
+// expression of all the numbers, each used once, with + - * / ( ), that equals the target. columns
+// t:k48e.t76k.e35; is 347+586 once more: the ones are t, and each column, in any order, says its
+// letter, its two digits and which is next; t3k3e9;0: each column's digit, and what is carried on.
+enum { TASK_ADD, TASK_MUL, TASK_COUNTDOWN, TASK_SORT, TASK_COLUMNS, TASKS };
+static const char *const task_names[TASKS] = {"add", "mul", "countdown", "sort", "columns"};
+static const char *const task_examples[TASKS] = {"347+586", "23*45", "3,5,8=64", "5,31,8",
+                                                 "t:k48e.t76k.e35;"};
+#define TASK_NAMES "add, mul, countdown, sort or columns"
 
-enum { NUMBERS = 8, LINE = 2048 }; // most numbers of a question, bytes of a line
+enum { NUMBERS = 8, PLACES = 9, LINE = 2048 }; // most of a question, bytes of a line
 
 typedef struct {
     int task;
     size_t n;
     long number[NUMBERS], target; // target: of countdown
+    char letter[PLACES + 1], shown[PLACES + 1]; // of columns: from the ones on; as they stand
 } Question;
 
 typedef struct {
@@ -3069,7 +3075,7 @@ static int chance(Random *r, double p)
 }
 
 // What stands between the numbers of a question.
-static const char *const separators[TASKS] = {"+", "*", ",", ","};
+static const char *const separators[TASKS] = {"+", "*", ",", ",", ""};
 
 static void put_numbers(Line *line, const Question *q)
 {
@@ -3077,9 +3083,23 @@ static void put_numbers(Line *line, const Question *q)
         put(line, i ? "%s%ld" : "%.0s%ld", separators[q->task], q->number[i]);
 }
 
+static long power_of_ten(size_t k) { return k > 0 ? 10 * power_of_ten(k - 1) : 1; }
+static long digit(long x, size_t k) { return x / power_of_ten(k) % 10; }
+
+static void put_columns(Line *line, const Question *q)
+{
+    put(line, "%c:", q->letter[0]);
+    for (const char *l = q->shown; *l; l++) {
+        size_t k = (size_t)(strchr(q->letter, *l) - q->letter);
+        put(line, "%s%c%ld%ld%c", l > q->shown ? "." : "", *l, digit(q->number[0], k),
+            digit(q->number[1], k), q->letter[k + 1] ? q->letter[k + 1] : ';');
+    }
+}
+
 static void put_question(Line *line, const Question *q)
 {
-    put_numbers(line, q);
+    if (q->task == TASK_COLUMNS) put_columns(line, q);
+    else put_numbers(line, q);
     if (q->task == TASK_COUNTDOWN) put(line, "=%ld", q->target);
 }
 
@@ -3093,12 +3113,41 @@ static int take_number(const char **text, long *x)
     return 1;
 }
 
+// From the ones on, each column that is named as the next; all of them, once.
+static int parse_columns(Question *q, const char *text)
+{
+    size_t n = 0;
+    const char *cell, *cells = text + 2, *end = text + strlen(text);
+    char next = text[0];
+    if (!next || text[1] != ':') return 0;
+    for (cell = cells; n < PLACES && end - cell >= 4; cell += 5) {
+        int last = cell + 4 == end;
+        if (!islower((unsigned char)cell[0]) || !isdigit((unsigned char)cell[1]) ||
+            !isdigit((unsigned char)cell[2]) || strchr(q->shown, cell[0]) ||
+            (!last && cell[4] != '.')) return 0;
+        q->shown[n++] = cell[0];
+        if (last) break;
+    }
+    if (n == 0 || cells + 5 * n - 1 != end) return 0;
+    for (size_t k = 0; k < n; k++) {
+        const char *at = next ? strchr(q->shown, next) : NULL;
+        if (!at) return 0;
+        cell = cells + 5 * (at - q->shown);
+        for (size_t i = 0; i < 2; i++) q->number[i] += (cell[1 + i] - '0') * power_of_ten(k);
+        q->letter[k] = next;
+        next = cell[3];
+    }
+    q->n = 2;
+    return next == ';';
+}
+
 // Reads put_question's text; 0 if it is something else.
 static int parse_question(Question *q, int task, const char *text)
 {
     int countdown = task == TASK_COUNTDOWN, pair = task == TASK_ADD || task == TASK_MUL;
     memset(q, 0, sizeof *q);
     q->task = task;
+    if (task == TASK_COLUMNS) return parse_columns(q, text);
     do
         if (q->n == NUMBERS || !take_number(&text, &q->number[q->n++])) return 0;
     while (*text == *separators[task] && text++);
@@ -3186,27 +3235,43 @@ static void guess_countdown(Term *answer, const Question *q, Random *r)
     while (!combine_terms(answer, &last[0], operators[pick(r, 4)], &last[1], &way)) {}
 }
 
-static long power_of_ten(long k) { return k > 0 ? 10 * power_of_ten(k - 1) : 1; }
+// Puts the first k of n letters in random order, chosen from all.
+static void shuffle(char *letters, size_t k, size_t n, Random *r)
+{
+    for (size_t i = 0; i < k; i++) {
+        size_t j = i + (size_t)pick(r, (long)(n - i));
+        char letter = letters[i];
+        letters[i] = letters[j];
+        letters[j] = letter;
+    }
+}
 
 // The i-th question of a stream: `size` digits in each of two numbers, or `size` numbers.
 static Question make_question(int task, long size, int testing, uint64_t seed, uint64_t i)
 {
-    int pair = task == TASK_ADD || task == TASK_MUL;
+    int pair = task == TASK_ADD || task == TASK_MUL || task == TASK_COLUMNS;
     Random r = {seed, 10 + (uint64_t)testing, i << 20};
     Question q;
     Term answer;
+    char letters[] = "abcdefghijklmnopqrstuvwxyz";
     do {
         memset(&q, 0, sizeof q);
         q.task = task;
         q.n = pair ? 2 : (size_t)size;
-        long low = pair ? size > 1 ? power_of_ten(size - 1) : 0 : task == TASK_SORT ? 0 : 1;
-        long high = pair ? power_of_ten(size) : task == TASK_SORT ? 100 : 10;
+        long low = pair ? size > 1 ? power_of_ten((size_t)size - 1) : 0 : task != TASK_SORT;
+        long high = pair ? power_of_ten((size_t)size) : task == TASK_SORT ? 100 : 10;
         for (size_t k = 0; k < q.n; k++) q.number[k] = low + pick(&r, high - low);
         if (task == TASK_COUNTDOWN) {
             guess_countdown(&answer, &q, &r);
             q.target = answer.value;
         }
     } while (is_for_testing(&q) != testing || (task == TASK_COUNTDOWN && q.target > 99));
+    if (task == TASK_COLUMNS) {
+        shuffle(letters, (size_t)size, 26, &r);
+        memcpy(q.letter, letters, (size_t)size);
+        shuffle(letters, (size_t)size, (size_t)size, &r);
+        memcpy(q.shown, letters, (size_t)size);
+    }
     return q;
 }
 
@@ -3284,6 +3349,30 @@ static void work_countdown(Line *line, Term *answer, const Question *q, Random *
     }
 }
 
+// Addition in columns, from one to the next: letter, digits, carry, sum. Things are said again at
+// times, in answers too, so that no count of them tells when to stop.
+//     t760=13k481=13e351=09;0
+static long work_columns(Line *line, const Question *q, Random *r, double again)
+{
+    long carry = 0, sum;
+    for (size_t k = 0; q->letter[k]; k++, carry = sum / 10) {
+        long a = digit(q->number[0], k), b = digit(q->number[1], k);
+        sum = a + b + carry;
+        do put(line, "%c%ld%ld%ld=%02ld", q->letter[k], a, b, carry, sum);
+        while (chance(r, again));
+    }
+    put(line, ";%ld", carry);
+    return q->number[0] + q->number[1];
+}
+
+static void answer_columns(Line *line, const Question *q, long sum, Random *r, double again)
+{
+    for (const char *l = q->letter; *l; l++, sum /= 10)
+        do put(line, "%c%ld", *l, sum % 10);
+        while (chance(r, again));
+    put(line, ";%ld", sum % 10);
+}
+
 // The value p / q of an expression, q = 0 if it has none; each number it uses is taken out of those
 // that may be used.
 typedef struct { long long p, q; } Ratio;
@@ -3352,7 +3441,10 @@ static int is_right(const Question *q, const char *text)
     }
     qsort(sorted.number, q->n, sizeof *sorted.number, compare_longs);
     if (q->task == TASK_SORT) put_numbers(&right, &sorted);
-    else put(&right, "%ld", q->task == TASK_ADD ? q->number[0] + q->number[1]
+    else if (q->task == TASK_COLUMNS) {
+        Random none = {0, 0, 0};
+        answer_columns(&right, q, q->number[0] + q->number[1], &none, 0);
+    } else put(&right, "%ld", q->task == TASK_ADD ? q->number[0] + q->number[1]
                                                 : q->number[0] * q->number[1]);
     return !strcmp(text, right.text);
 }
@@ -3364,23 +3456,26 @@ static void put_solution(Line *line, const Question *question, Random *r, const 
     Line thoughts = {0, ""};
     Term answer;
     int worked = chance(r, quality->worked), wrong = !worked && !chance(r, quality->right);
-    double slips = worked ? quality->slips : 0;
-    long x = 0;
+    double slips = worked || q.task == TASK_COLUMNS ? quality->slips : 0;
+    long x = 0, places = q.task == TASK_COLUMNS ? (long)strlen(q.letter) : 3;
     switch (q.task) {
     case TASK_ADD: x = work_add(&thoughts, &q, r, slips); break;
     case TASK_MUL: x = work_mul(&thoughts, &q, r, slips); break;
     case TASK_SORT: work_sort(&thoughts, &q, r, slips + wrong); break;
+    case TASK_COLUMNS: x = work_columns(&thoughts, &q, r, slips); break;
     default:
         if (worked) work_countdown(&thoughts, &answer, &q, r, slips);
         else
             do guess_countdown(&answer, &q, r);
             while ((answer.value == q.target) == wrong);
     }
+    if (wrong) x += power_of_ten((size_t)pick(r, places)) * (1 + pick(r, 8));
     put(line, "<think>%s</think><answer>", worked ? thoughts.text : "");
     if (q.task == TASK_SORT) put_numbers(line, &q);
     else if (q.task == TASK_COUNTDOWN) // without the outermost ( )
         put(line, "%.*s", (int)strlen(answer.text) - 2, answer.text + 1);
-    else put(line, "%ld", wrong ? x + power_of_ten(pick(r, 3)) * (1 + pick(r, 8)) : x);
+    else if (q.task == TASK_COLUMNS) answer_columns(line, &q, x, r, slips);
+    else put(line, "%ld", x);
     put(line, "</answer>");
 }
 
@@ -4286,7 +4381,7 @@ enum {
     X(RL_RUN, Count, rl_save_every, "save-every", "20", "N", "steps between saves; 0: at the end") \
     X(CHECK, Text, dump, "dump", "", "FILE", "write logits, losses and gradients there") \
     X(RUN, Count, steps, "steps", "600", "N", "steps to train") \
-    X(RL_RUN | TASK, Text, task, "task", "add", "NAME", "add, mul, countdown or sort") \
+    X(RL_RUN | TASK, Text, task, "task", "add", "NAME", TASK_NAMES) \
     X(EVAL, Text, test_task, "task", "", "NAME", "answer the test questions of a task instead") \
     X(SAMPLE, Text, sample_task, "task", "", "NAME", "answer --prompt as a question of this task") \
     X(RL_RUN | TASK | EVAL | SAMPLE, Text, size, "size", "3", "N", \
@@ -4299,7 +4394,7 @@ enum {
     X(TASK, Number, worked, "worked", "0.25", "X", "share of answers that are thought about") \
     X(TASK, Number, right, "right", "0.3", "X", "share that is right of those given at once") \
     X(TASK, Number, slips, "slips", "0.004", "X", \
-      "chance of a mistake in a step, in countdown of giving up") \
+      "chance of a mistake in a step; countdown: of giving up; columns: of saying it again") \
     X(RL_RUN, Count, rl_steps, "steps", "30", "N", "steps to train") \
     X(RL_RUN, Count, questions, "questions", "32", "N", "questions a step; R1: 32") \
     X(RL_RUN, Count, group, "group", "16", "G", "answers to a question; R1: 16") \
@@ -4327,7 +4422,8 @@ enum {
     X(RL, Count, collect, "collect", "0", "N", \
       "instead write N questions with right answers of the model, to train on") \
     X(RUN, Flag, answers_only, "answers-only", "", "", \
-      "learn only what follows the tab of each line: supervised fine-tuning") \
+      "learn only what follows the tab of each line: supervised fine-tuning; windows begin with " \
+      "lines") \
     X(CHECK, Count, check_steps, "steps", "0", "N", "AdamW steps to take on the batch") \
     X(BENCH, Count, bench_steps, "steps", "20", "N", "training steps; the fastest counts") \
     X(RUN | CHECK | BENCH, Count, batch, "batch", "16", "B", "sequences at once") \
@@ -4462,6 +4558,14 @@ static void find_answers(accum *to, const char *bytes, size_t at, size_t n)
         if (i >= at) to[i - at] = (accum)in;
         in = (in || bytes[i] == '\t') && bytes[i] != '\n';
     }
+}
+
+// Where the first line after `at` begins, the line feed before it included; at if that is not
+// before `end`.
+static size_t line_start(const char *bytes, size_t at, size_t end)
+{
+    const char *feed = (const char *)memchr(bytes + at, '\n', end - at);
+    return feed ? (size_t)(feed - bytes) : at;
 }
 
 // Makes weights of 0 and 1 sum to 1 or, where all are 0, leaves them; returns how many were 1.
@@ -4801,6 +4905,7 @@ static Losses run_batches(Run *r, const Options *o, Model *m, Acts *a, Optimizer
         for (size_t b = 0; b < r->B; b++) {
             size_t i = (r->step * o->accumulate + k) * r->B + b;
             size_t at = window_start(o->seed, i, r->n_train, r->T);
+            if (o->answers_only) at = line_start(r->text.bytes, at, r->n_train - r->T);
             tokens_copy(r->tokens + b * (r->T + 1), r->text.bytes + at, r->T + 1);
             if (o->answers_only) find_answers(weight + b * r->T, r->text.bytes, at + 1, r->T);
         }
@@ -4970,7 +5075,8 @@ static void source_sizes(Source *s, const char *text)
     char *end;
     s->low = s->high = (size_t)strtol(text, &end, 10);
     if (*end == '-') s->high = (size_t)strtol(end + 1, &end, 10);
-    size_t most = s->task == TASK_ADD ? 8 : s->task == TASK_MUL ? 4 : NUMBERS;
+    static const size_t mosts[TASKS] = {8, 4, NUMBERS, NUMBERS, PLACES};
+    size_t most = mosts[s->task];
     size_t least = s->task == TASK_COUNTDOWN ? 2 : 1;
     NEED(!*end && isdigit((unsigned char)*text) && s->low >= least && s->low <= s->high &&
          s->high <= most, "--size is '%s'; for %s it must be a number from %zu to %zu, or two as "
@@ -5004,7 +5110,7 @@ static Source source_open(const Options *o)
     Source s = {0, 0, 0, o->seed, NULL, NULL, NULL};
     while (s.task < TASKS && strcmp(o->task, task_names[s.task])) s.task++;
     int own = *o->task_cmd || *o->verify_cmd;
-    NEED(own || s.task < TASKS, "--task is '%s'; it must be add, mul, countdown or sort", o->task);
+    NEED(own || s.task < TASKS, "--task is '%s'; it must be " TASK_NAMES, o->task);
     NEED(!own || (*o->task_cmd && *o->verify_cmd),
          "--task-cmd and --verify-cmd belong together: one asks, the other judges");
     if (!own) {
@@ -5241,16 +5347,34 @@ static RlStep rl_update(Exam *e, const Options *o, Model *m, const Model *ref, A
     return s;
 }
 
+// Gives columns other letters, of those that were not used for longest: a window of a text should
+// not say twice what a letter is.
+static void rename_columns(Question *q, char letters[26], Random *r)
+{
+    char shown[PLACES + 1] = "";
+    for (size_t k = 0; q->letter[k]; k++) {
+        size_t j = (size_t)pick(r, 6);
+        char letter = letters[j];
+        memmove(letters + j, letters + j + 1, 25 - j);
+        letters[25] = letter;
+        shown[strchr(q->shown, q->letter[k]) - q->shown] = letter;
+        q->letter[k] = letter;
+    }
+    memcpy(q->shown, shown, sizeof shown);
+}
+
 // Writes questions with answers of mixed quality, a text for a base model to learn from.
 static int command_task(const Options *o)
 {
     Source s = source_open(o);
     Quality quality = {o->worked, o->right, o->slips};
-    NEED(s.task < TASKS, "moe task knows only --task add, mul, countdown and sort");
+    char letters[] = "abcdefghijklmnopqrstuvwxyz";
+    NEED(s.task < TASKS, "moe task knows only --task " TASK_NAMES);
     for (size_t i = 0; i < o->lines; i++) {
         Random r = {o->seed, 40, (uint64_t)i << 20};
         long size = (long)s.low + pick(&r, (long)(s.high - s.low) + 1);
         Question q = make_question(s.task, size, 0, o->seed, i);
+        rename_columns(&q, letters, &r);
         Line line = {0, ""};
         put_question(&line, &q);
         put(&line, "\t");
@@ -6132,8 +6256,7 @@ static int sample_answer(const Options *given)
     Sampler sampler = {o->temperature, (int)min_size(o->top_k, 256), o->top_p, o->seed, 0};
     NEED(parse_question(&q, source.task, o->prompt),
          "--prompt '%s' is no question of the task %s, such as %s", o->prompt, o->task,
-         source.task == TASK_ADD ? "347+586" : source.task == TASK_MUL ? "23*45" :
-         source.task == TASK_SORT ? "5,31,8" : "3,5,8=64");
+         task_examples[source.task]);
     Model m = model_load(o->model, 0);
     Exam e = exam_make(&m, &source, o, 1);
     Line *line = &e.question[0];

@@ -2252,7 +2252,8 @@ static void test_rollout_draw(void)
 // ------------------------------------------------------------------------------------------------
 // Tasks
 
-static const long sizes[TASKS][2] = {{1, 8}, {1, 4}, {2, NUMBERS}, {1, NUMBERS}}; // from, to
+static const long sizes[TASKS][2] = {{1, 8}, {1, 4}, {2, NUMBERS}, {1, NUMBERS}, // from, to
+                                     {1, PLACES}};
 
 static int compare_questions(const void *x, const void *y)
 {
@@ -2274,7 +2275,7 @@ static void test_questions(void)
 {
     for (int task = 0; task < TASKS; task++)
         for (long size = sizes[task][0]; size <= sizes[task][1]; size++) {
-            int pair = task == TASK_ADD || task == TASK_MUL;
+            int pair = task == TASK_ADD || task == TASK_MUL || task == TASK_COLUMNS;
             long low = pair && size > 1 ? (long)pow(10, (double)size - 1) : task == TASK_COUNTDOWN;
             long most = pair ? (long)pow(10, (double)size) - 1 : task == TASK_SORT ? 99 : 9;
             size_t seeds = 0, streams = 0, same = 0;
@@ -2306,6 +2307,15 @@ static void test_questions(void)
         {TASK_SORT, "1,,2"}, {TASK_SORT, "1,2,"}, {TASK_SORT, "1,2,3,4,5,6,7,8,9"},
         {TASK_COUNTDOWN, "1,2"}, {TASK_COUNTDOWN, "1,2="}, {TASK_COUNTDOWN, "1,2=-1"},
         {TASK_COUNTDOWN, "=1"}, {TASK_COUNTDOWN, "1,2=3=3"}, {TASK_COUNTDOWN, "1,2=3,4"},
+        {TASK_COLUMNS, ""}, {TASK_COLUMNS, "t"}, {TASK_COLUMNS, "t:"}, {TASK_COLUMNS, "t:t76"},
+        {TASK_COLUMNS, "t:k48e.t76k.e35"}, {TASK_COLUMNS, "t:k48e.t76k.e35;."},
+        {TASK_COLUMNS, "t:k48e.t76k.e35;e35;"}, {TASK_COLUMNS, "t:k48e.t76k"}, // where is e?
+        {TASK_COLUMNS, "k:k48e.t76k.e35;"}, {TASK_COLUMNS, "t:k48;.t76k.e35;"}, // one is left
+        {TASK_COLUMNS, "t:k48t.t76k.e35;"}, {TASK_COLUMNS, "t:k48k.t76k"}, // round in circles
+        {TASK_COLUMNS, "t:k48e,t76k,e35;"}, {TASK_COLUMNS, "t:k48e.t76k.t35;"},
+        {TASK_COLUMNS, "T:K48E.T76K.E35;"}, {TASK_COLUMNS, "t:k4xe.t76k.e35;"},
+        {TASK_COLUMNS, "t:k48e.t76k.e35; "}, {TASK_COLUMNS, " t:k48e.t76k.e35;"},
+        {TASK_COLUMNS, "a:a11b.b11c.c11d.d11e.e11f.f11g.g11h.h11i.i11j.j11;"}, // ten
     };
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         Question q;
@@ -2329,8 +2339,8 @@ static void test_questions_for_testing(void)
             both += bsearch(&q[i], q, COUNT_EACH, sizeof *q, compare_questions) != NULL;
         EXPECT(both == 0, "%s: %zu questions are in both", task_names[task], both);
         for (long i = 0; i < 8000; i++) {
-            Question any = {task, 3, {i % 20, i / 20 % 20, i / 400, 0, 0, 0, 0, 0}, 0};
-            Question turned = {task, 3, {i / 400, i % 20, i / 20 % 20, 0, 0, 0, 0, 0}, 0};
+            Question any = {task, 3, {i % 20, i / 20 % 20, i / 400}, 0, "", ""};
+            Question turned = {task, 3, {i / 400, i % 20, i / 20 % 20}, 0, "", ""};
             EXPECT(is_for_testing(&any) == is_for_testing(&turned), "the order counts");
             kept += is_for_testing(&any) != 0;
         }
@@ -2348,6 +2358,8 @@ static size_t false_equations(const char *text)
         char *at, op;
         while (from > text && strspn(from - 1, "0123456789+-*/")) from--;
         long x = strtol(from, &at, 10);
+        if (from > text && islower((unsigned char)from[-1])) // k481=13: digits of a column
+            for (x = 0, at = (char *)from; at < equals; at++) x += *at - '0';
         while ((op = *at) != '=') {
             long y = strtol(at + 1, &at, 10);
             x = op == '+' ? x + y : op == '-' ? x - y : op == '*' ? x * y : x / y;
@@ -2382,6 +2394,41 @@ static double share_right(int task, long size, double worked, double right, doub
 }
 
 // Solutions are as good as is said: all right, or all wrong, thought about or not.
+// The letters of a text's columns do not come again soon, and columns keep their sense.
+static void test_rename_columns(void)
+{
+    char letters[] = "abcdefghijklmnopqrstuvwxyz", said[501];
+    size_t n = 0;
+    Random r = {1, 2, 0};
+    for (uint64_t i = 0; i < 100; i++) {
+        Question q = make_question(TASK_COLUMNS, 5, 0, 3, i), was = q, read;
+        Line line = {0, ""};
+        rename_columns(&q, letters, &r);
+        put_question(&line, &q);
+        EXPECT(parse_question(&read, TASK_COLUMNS, line.text) && !compare_questions(&read, &was),
+               "'%s' is another sum", line.text);
+        for (size_t k = 0; k < 5; k++, n++) {
+            size_t before = min_size(n, 20);
+            EXPECT(strchr(q.shown, q.letter[k]) - q.shown ==
+                   strchr(was.shown, was.letter[k]) - was.shown, "'%s' is in another order",
+                   line.text);
+            EXPECT(!memchr(said + n - before, q.letter[k], before), "'%s': %c again", line.text,
+                   q.letter[k]);
+            said[n] = q.letter[k];
+        }
+    }
+}
+
+static void test_line_start(void)
+{
+    static const char text[] = "ab\ncd\nef";
+    static const size_t from_to[][3] = {{0, 8, 2}, {2, 8, 2}, {3, 8, 5}, {3, 5, 3}, {6, 8, 6}};
+    for (size_t i = 0; i < sizeof from_to / sizeof *from_to; i++) {
+        size_t start = line_start(text, from_to[i][0], from_to[i][1]);
+        EXPECT(start == from_to[i][2], "from %zu: %zu", from_to[i][0], start);
+    }
+}
+
 static void test_solutions(void)
 {
     for (int task = 0; task < TASKS; task++)
@@ -2459,6 +2506,15 @@ static void test_judge(void)
         {TASK_SORT, "5,31,8", SAID("5, 8,31"), 0, 1},
         {TASK_SORT, "5,31,8", SAID("05,8,31"), 0, 1}, {TASK_SORT, "7,7,3", SAID("3,7,7"), 1, 1},
         {TASK_SORT, "7,7,3", SAID("3,7"), 0, 1}, {TASK_SORT, "42", SAID("42"), 1, 1},
+        {TASK_COLUMNS, "t:k48e.t76k.e35;", SAID("t3k3e9;0"), 1, 1}, // 347+586
+        {TASK_COLUMNS, "t:k48e.t76k.e35;", SAID("t3k3e9"), 0, 1},
+        {TASK_COLUMNS, "t:k48e.t76k.e35;", SAID("t3k3e9;1"), 0, 1},
+        {TASK_COLUMNS, "t:k48e.t76k.e35;", SAID("t3k3e8;0"), 0, 1},
+        {TASK_COLUMNS, "t:k48e.t76k.e35;", SAID("t3k3k3e9;0"), 0, 1}, // said again
+        {TASK_COLUMNS, "t:k48e.t76k.e35;", SAID("k3t3e9;0"), 0, 1},
+        {TASK_COLUMNS, "t:k48e.t76k.e35;", SAID("933"), 0, 1},
+        {TASK_COLUMNS, "t:k48e.t76k.e35;", SAID("t:k48e.t76k.e35;"), 0, 1},
+        {TASK_COLUMNS, "x:x99;", SAID("x8;1"), 1, 1}, {TASK_COLUMNS, "x:x99;", SAID("x18;0"), 0, 1},
         {TASK_COUNTDOWN, "3,5,8=64", SAID("(3+5)*8"), 1, 1},
         {TASK_COUNTDOWN, "3,5,8=64", SAID("8*(5+3)"), 1, 1},
         {TASK_COUNTDOWN, "3,5,8=64", SAID("((3)+(5))*(8)"), 1, 1},
@@ -4194,7 +4250,7 @@ static void test_rl_programs_end(void)
 // moe task writes questions to train on, with answers as good as asked for.
 static void test_task(void)
 {
-    static const char *const size[TASKS] = {"1-8", "1-4", "2-6", "1-8"};
+    static const char *const size[TASKS] = {"1-8", "1-4", "2-6", "1-8", "1-9"};
     for (int task = 0; task < TASKS; task++) {
         char *texts[4];
         for (int i = 0; i < 4; i++) { // the default; again; with another seed; all right
@@ -4266,7 +4322,8 @@ static const Test tests[] = {
 #endif
     BOTH(rollout_logp)
 #ifndef MOE_DOUBLE
-    TEST(rollout_draw) TEST(questions) TEST(questions_for_testing) TEST(solutions) TEST(judge)
+    TEST(rollout_draw) TEST(questions) TEST(questions_for_testing) TEST(solutions)
+    TEST(rename_columns) TEST(line_start) TEST(judge)
     TEST(rollout_answer)
     TEST(generate_trained) TEST(sample_token) TEST(json) TEST(save_load) TEST(load_dtypes_shards)
     TEST(load_fp8) TEST(damaged_weights) TEST(damaged_config) TEST(rope_parameters)
