@@ -746,6 +746,17 @@ INLINE void transpose_quads(quad x[4])
 #endif
 }
 
+// to[j * to_row + i] = x[i * row + j] for i, j < 4.
+INLINE void transpose_copy(real *to, size_t to_row, const real *x, size_t row)
+{
+    quad square[4];
+    UNROLL for (size_t i = 0; i < 4; i++)
+        square[i] = *(const quad *)(x + i * row);
+    transpose_quads(square);
+    UNROLL for (size_t j = 0; j < 4; j++)
+        *(quad *)(to + j * to_row) = square[j];
+}
+
 // Copies x[n,k] to panels of `width` rows, to[i / width * panel + p * width + i % width], the last
 // filled up with zeros. Element (i,p) is x[i * row + p * col].
 INLINE void gemm_pack(real *to, size_t panel, const real *x, size_t row, size_t col, size_t n,
@@ -761,22 +772,14 @@ INLINE void gemm_pack(real *to, size_t panel, const real *x, size_t row, size_t 
             }
     else
         for (size_t i = 0; i < whole; i++) {
-            real *panel_i = to + i * panel;
+            real *to_i = to + i * panel;
             const real *xi = x + i * width * row;
             size_t p = 0;
             for (; col == 1 && width % 4 == 0 && p + 4 <= k; p += 4)
                 for (size_t r = 0; r < width; r += 4)
-                {
-                    quad square[4];
-                    UNROLL for (size_t i = 0; i < 4; i++)
-                        square[i] = *(const quad *)(xi + (r + i) * row + p);
-                    transpose_quads(square);
-                    UNROLL for (size_t i = 0; i < 4; i++)
-                        *(quad *)(panel_i + (p + i) * width + r) = square[i];
-                }
+                    transpose_copy(to_i + p * width + r, width, xi + r * row + p, row);
             for (; p < k; p++)
-                for (size_t r = 0; r < width; r++)
-                    panel_i[p * width + r] = xi[r * row + p * col];
+                for (size_t r = 0; r < width; r++) to_i[p * width + r] = xi[r * row + p * col];
         }
     to += whole * panel, x += whole * width * row;
     for (size_t p = 0; p < k && rest; p++)
@@ -786,9 +789,9 @@ INLINE void gemm_pack(real *to, size_t panel, const real *x, size_t row, size_t 
 
 // One tile: c[m,n] (+)= a[m,k] b[k,n], m <= tall and n <= nv * LANES. Rows of a up to `tall` and
 // columns of b up to nv * LANES must be there.
-INLINE void gemm_tile(real *c, size_t c_row, const real *a, size_t a_row,
-                      size_t a_col, const real *b, size_t b_row, size_t m, size_t n, size_t k,
-                      int add, size_t tall, int nv)
+INLINE void gemm_tile(real *c, size_t c_row, const real *a, size_t a_row, size_t a_col,
+                      const real *b, size_t b_row, size_t m, size_t n, size_t k, int add,
+                      size_t tall, int nv)
 {
     vec zero = {0}, acc[MR][NV];
     UNROLL for (size_t i = 0; i < tall; i++)
@@ -864,6 +867,7 @@ static size_t low_rows(size_t m)
     return best;
 }
 
+// The same for any k, in tiles of both heights.
 static void gemm_panels(real *c, size_t c_row, const real *a, size_t a_row, size_t a_col,
                         const real *b, size_t b_panel, size_t b_row, size_t m, size_t n, size_t k,
                         int add)
