@@ -51,7 +51,7 @@ countdown-room = --max-tokens 448
 countdown-votes = --votes 4
 countdown-asks = 3,5,8=64
 # Texts with five digits at most, first worked sums alone; six and seven in RL; nine are seen nowhere.
-columns-first = --size 1-5 --lines 100000 --worked 1 --slips 0.2
+columns-first = --size 1-5 --lines 100000 --worked 1 --slips 0.2 --seed 10$(SEED)
 columns-first-base = --steps 1100
 columns-text = --size 1-5 --lines 100000 --worked 0.25 --right 0.1 --slips 0.2
 columns-base = --seq 256 --batch 10 --answers-only
