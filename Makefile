@@ -50,22 +50,30 @@ countdown-base = --seq 384 --batch 6 --steps 2000
 countdown-room = --max-tokens 448
 countdown-votes = --votes 4
 countdown-asks = 3,5,8=64
-# five digits at most in the text, four to seven in RL; nine are seen nowhere
-columns-text = --size 1-5 --lines 160000 --worked 0.4 --right 0.1 --slips 0.2
-columns-base = --seq 256 --batch 10 --steps 2000 --answers-only
+# Texts with five digits at most, first worked sums alone; four to seven in RL; nine nowhere.
+columns-first = --size 1-5 --lines 100000 --worked 1 --slips 0.2 --seed 10$(SEED)
+columns-first-base = --steps 2000
+columns-text = --size 1-5 --lines 100000 --worked 0.25 --right 0.1 --slips 0.2
+columns-base = --seq 256 --batch 10 --answers-only
+columns-then = --steps 600 --lr 0.002 --adam-lr 0.008
 columns-room = --size 6-7 --max-prompt 56 --max-tokens 200
-columns-rl = --size 4-7 --steps 50 --lr 0.0003
+columns-rl = --size 4-7 --steps 40 --lr 0.0003
 columns-votes = --votes 4
 columns-beyond = --size 9
 columns-asks = "t:k48e.t76k.m19u.e35z.u61;.z02m"
 
 r1: R1 = out/r1-$(TASK)-$(SEED)
 r1: EVAL = ./moe eval --task $(TASK) $($(TASK)-room) $($(TASK)-votes) --temperature 0.6 --top-p 0.95
+r1: TEXT = ./moe task --task $(TASK) --seed $(SEED)
+r1: TRAIN = ./moe train $($(TASK)-base) --val-every 0 --tokens 0 --seed $(SEED)
 r1: moe
 	@mkdir -p $(R1)
-	./moe task --task $(TASK) $($(TASK)-text) --seed $(SEED) > $(R1)/base.txt
-	./moe train --data $(R1)/base.txt --config laptop-r1 $($(TASK)-base) --val-every 0 --tokens 0 \
-	    --seed $(SEED) --out $(R1)/base
+	$(if $($(TASK)-first),$(TEXT) $($(TASK)-first) > $(R1)/first.txt)
+	$(if $($(TASK)-first),$(TRAIN) $($(TASK)-first-base) --config laptop-r1 \
+	    --data $(R1)/first.txt --out $(R1)/first)
+	$(TEXT) $($(TASK)-text) > $(R1)/base.txt
+	$(TRAIN) $(if $($(TASK)-first),--model $(R1)/first,--config laptop-r1) $($(TASK)-then) \
+	    --data $(R1)/base.txt --out $(R1)/base
 	$(EVAL) --model $(R1)/base
 	$(if $($(TASK)-beyond),$(EVAL) $($(TASK)-beyond) --model $(R1)/base)
 	./moe rl --task $(TASK) --model $(R1)/base $($(TASK)-room) $($(TASK)-rl) --seed $(SEED) \

@@ -705,7 +705,8 @@ enum { VBYTES = 16, MR = 6, LOW = 4, NV = 2 };
 #endif
 #define LANES (VBYTES / sizeof(real))
 #define NR (NV * LANES)
-enum { KC = 256, NC = 384 }; // NC: a multiple of NR everywhere
+#define KC 256
+#define NC ((size_t)384) // a multiple of NR everywhere
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define UNROLL

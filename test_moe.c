@@ -1618,7 +1618,7 @@ static void check_decode(Decoder *d, const Acts *a, const int *tokens, const int
 {
     const Config *c = &d->m->config;
     size_t V = c->V, T = a->T;
-    int row[8], next[8];
+    int row[8] = {0}, next[8] = {0};
     for (size_t i = 0; i < n; i++) {
         row[i] = tokens[(size_t)slot[i] * (T + 1) + (size_t)pos[i]];
         next[i] = tokens[(size_t)slot[i] * (T + 1) + (size_t)pos[i] + 1];
