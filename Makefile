@@ -30,9 +30,9 @@ EXCERPT = tinyshakespeare/excerpt.txt
 moe: moe.c Makefile
 	$(BUILD) -o $@ moe.c -lm
 
-# What is seen more than once is learnt by heart unless the weights decay.
-STEPS = 4400
-run: TRAIN = --out out/shakespeare --hold 0.3 --steps 1100 --weight-decay 0.3
+# What is seen often is learnt by heart unless the weights decay.
+STEPS = 4000
+run: TRAIN = --out out/shakespeare --hold 0.3 --steps 1000
 best: TRAIN = --out out/best --hold 0.3 --steps $(STEPS) --weight-decay 0.5
 run best: moe
 	@said=$$(sh tinyshakespeare/fetch.sh 2>&1) || said="$$said; training on $(EXCERPT) instead"; \

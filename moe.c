@@ -660,7 +660,7 @@ static accum exp_row(real *s, real *max, size_t n, real scale)
     real most = s[0];
     accum sum = 0;
     #pragma omp simd reduction(max : most)
-    for (size_t u = 1; u < n; u++) most = s[u] > most ? s[u] : most;
+    for (size_t u = 0; u < n; u++) most = s[u] > most ? s[u] : most;
     #pragma omp simd reduction(+ : sum)
     for (size_t u = 0; u < n; u++) {
         s[u] = fast_exp(scale * (s[u] - most));
@@ -688,7 +688,7 @@ static inline real sigmoid(real x) { return 1 / (1 + fast_exp(-x)); }
 //
 // Packing copies panels to where the kernel reads on and on, and fills up the last with zeros. That
 // of a is left out where it can be: the kernel takes single numbers of a, so it can have them from
-// MR rows as well. Where MR does not divide m, the last tiles have LOW rows instead.
+// MR rows as well. Where MR does not divide m, the last tiles have LOW rows, or half as many.
 //
 // Each c(i,j) is a sum over blocks of KC, in order, of chains of fused multiply-adds in order of
 // p. So its bits do not depend on m, n, the place of (i,j) or the width of the vectors.
@@ -857,29 +857,32 @@ INLINE void gemm_rows(real *c, size_t c_row, const real *a, size_t a_row, size_t
     }
 }
 
-// How many of m rows, the last, go in tiles of LOW so that the fewest are padded.
+// How many of m rows, the last, go in lower tiles so that the fewest are padded: those of LOW rows
+// and, at the end, perhaps one of half as many.
 static size_t low_rows(size_t m)
 {
     size_t best = 0, least = SIZE_MAX;
-    for (size_t low = 0; low < MR * LOW && low < m + LOW; low += LOW) {
+    for (size_t low = 0; low < MR * LOW && low < m + LOW / 2; low += LOW / 2) {
         size_t padded = low + (m > low ? ceil_div(m - low, MR) * MR : 0);
         if (padded < least) least = padded, best = min_size(low, m);
     }
     return best;
 }
 
-// The same for any k, in tiles of both heights.
+// The same for any k, in tiles of all heights.
 static void gemm_panels(real *c, size_t c_row, const real *a, size_t a_row, size_t a_col,
                         const real *b, size_t b_panel, size_t b_row, size_t m, size_t n, size_t k,
                         int add)
 {
-    size_t high = m - low_rows(m);
+    size_t low = low_rows(m), high = m - low, last = low % LOW <= LOW / 2 ? low % LOW : 0;
     for (size_t p = 0; p == 0 || p < k; p += KC, add = 1) { // once even if k is 0
         size_t kc = min_size(KC, k - p);
         const real *ap = a + p * a_col, *bp = b + p * b_row;
         gemm_rows(c, c_row, ap, a_row, a_col, bp, b_panel, b_row, high, n, kc, add, MR);
         gemm_rows(c + high * c_row, c_row, ap + high * a_row, a_row, a_col, bp, b_panel, b_row,
-                  m - high, n, kc, add, LOW);
+                  low - last, n, kc, add, LOW);
+        gemm_rows(c + (m - last) * c_row, c_row, ap + (m - last) * a_row, a_row, a_col, bp,
+                  b_panel, b_row, last, n, kc, add, LOW / 2);
     }
 }
 
@@ -904,50 +907,59 @@ static void gemm_blocked(real *c, size_t c_row, const real *a, size_t a_row, siz
         }
 }
 
-// One row or two times a transposed matrix, as in decoding: to pack anything would take longer than
-// the product. So here the vectors run along p, for four columns at once: lane l of a sum takes
-// every p with p % LANES == l; lanes l and l + LANES / 2 are added, and so on in halves, then what
-// is left of k. This order is not that of gemm_blocked.
-enum { FEW = 2, QUADS = LANES > 4 ? LANES / 4 : 1 };
+// A few rows times a transposed matrix, as in decoding: to pack it would take longer than the
+// product. So here the vectors run along p, for two rows and four columns at once: lane l of a sum
+// takes every p with p % LANES == l; lanes l and l + LANES / 2 are added, and so on in halves, then
+// what is left of k. This order is not that of gemm_blocked.
+enum { FEW = 8, PAIR = 2, QUADS = LANES > 4 ? LANES / 4 : 1 };
 
-INLINE void gemm_few_rows(real *c, size_t c_row, const real *a, size_t a_row, const real *b,
-                          size_t b_col, size_t n, size_t k, int add, size_t rows)
+// c[rows,n] (+)= a[rows,k] b for columns b[0] .. b[3], of which the first n count.
+INLINE void gemm_pair(real *c, size_t c_row, const real *a, size_t a_row, const real *const b[4],
+                      size_t n, size_t k, int add, size_t rows)
+{
+    vec zero = {0}, acc[PAIR][4];
+    UNROLL for (size_t i = 0; i < rows; i++)
+        acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = zero;
+    size_t p = 0;
+    for (; p + LANES <= k; p += LANES)
+        UNROLL for (size_t i = 0; i < rows; i++) {
+            vec ap = vec_load(a + i * a_row + p);
+            UNROLL for (size_t l = 0; l < 4; l++)
+                acc[i][l] += ap * vec_load(b[l] + p);
+        }
+    UNROLL for (size_t i = 0; i < rows; i++) {
+        quad lane[4][QUADS], sum[4];
+        memset(lane, 0, sizeof lane); // where a vector is less than a quad
+        UNROLL for (size_t l = 0; l < 4; l++) {
+            memcpy(lane[l], &acc[i][l], sizeof(vec));
+            UNROLL for (size_t half = QUADS / 2; half > 0; half /= 2)
+                UNROLL for (size_t q = 0; q < half; q++)
+                    lane[l][q] += lane[l][q + half];
+            sum[l] = lane[l][0];
+        }
+        transpose_quads(sum);
+        sum[0] = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+        for (size_t q = p; q < k; q++) {
+            quad bq = {b[0][q], b[1][q], b[2][q], b[3][q]};
+            sum[0] += a[i * a_row + q] * bq;
+        }
+        real *to = c + i * c_row;
+        if (n >= 4 && add) *(quad *)to += sum[0];
+        else if (n >= 4) *(quad *)to = sum[0];
+        else for (size_t l = 0; l < n; l++) to[l] = add ? to[l] + sum[0][l] : sum[0][l];
+    }
+}
+
+static void gemm_few_rows(real *c, size_t c_row, const real *a, size_t a_row, const real *b,
+                          size_t b_col, size_t m, size_t n, size_t k, int add)
 {
     for (size_t j = 0; j < n; j += 4) {
-        size_t last = n - 1;
-        const real *b0 = b + j * b_col, *b1 = b + min_size(j + 1, last) * b_col;
-        const real *b2 = b + min_size(j + 2, last) * b_col, *b3 = b + min_size(j + 3, last) * b_col;
-        vec zero = {0}, acc[FEW][4];
-        UNROLL for (size_t i = 0; i < rows; i++)
-            acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = zero;
-        size_t p = 0;
-        for (; p + LANES <= k; p += LANES)
-            UNROLL for (size_t i = 0; i < rows; i++) {
-                vec ap = vec_load(a + i * a_row + p);
-                acc[i][0] += ap * vec_load(b0 + p), acc[i][1] += ap * vec_load(b1 + p);
-                acc[i][2] += ap * vec_load(b2 + p), acc[i][3] += ap * vec_load(b3 + p);
-            }
-        UNROLL for (size_t i = 0; i < rows; i++) {
-            quad lane[4][QUADS], sum[4];
-            memset(lane, 0, sizeof lane); // where a vector is less than a quad
-            UNROLL for (size_t l = 0; l < 4; l++) {
-                memcpy(lane[l], &acc[i][l], sizeof(vec));
-                UNROLL for (size_t half = QUADS / 2; half > 0; half /= 2)
-                    UNROLL for (size_t q = 0; q < half; q++)
-                        lane[l][q] += lane[l][q + half];
-                sum[l] = lane[l][0];
-            }
-            transpose_quads(sum);
-            sum[0] = (sum[0] + sum[2]) + (sum[1] + sum[3]);
-            for (size_t q = p; q < k; q++) {
-                quad bq = {b0[q], b1[q], b2[q], b3[q]};
-                sum[0] += a[i * a_row + q] * bq;
-            }
-            real *to = c + i * c_row + j;
-            if (j + 4 <= n && add) *(quad *)to += sum[0];
-            else if (j + 4 <= n) *(quad *)to = sum[0];
-            else for (size_t l = 0; j + l < n; l++) to[l] = add ? to[l] + sum[0][l] : sum[0][l];
-        }
+        const real *bj[4];
+        for (size_t l = 0; l < 4; l++) bj[l] = b + min_size(j + l, n - 1) * b_col;
+        size_t i = 0;
+        for (; i + PAIR <= m; i += PAIR)
+            gemm_pair(c + i * c_row + j, c_row, a + i * a_row, a_row, bj, n - j, k, add, PAIR);
+        if (i < m) gemm_pair(c + i * c_row + j, c_row, a + i * a_row, a_row, bj, n - j, k, add, 1);
     }
 }
 
@@ -957,10 +969,8 @@ static void gemm(real *c, size_t c_row, const real *a, size_t a_row, size_t a_co
                  size_t b_row, size_t b_col, size_t m, size_t n, size_t k, int add)
 {
     int transpose = a_col == 1 && b_row == 1; // to pack b is to transpose it
-    if (transpose && m == FEW)
-        gemm_few_rows(c, c_row, a, a_row, b, b_col, n, k, add, FEW);
-    else if (transpose && m == 1)
-        gemm_few_rows(c, c_row, a, a_row, b, b_col, n, k, add, 1);
+    if (transpose && m <= FEW)
+        gemm_few_rows(c, c_row, a, a_row, b, b_col, m, n, k, add);
     else if (m <= 2 * MR && b_col == 1 && n % NR == 0) // b is not read often enough to pack it
         gemm_panels(c, c_row, a, a_row, a_col, b, NR, b_row, m, n, k, add);
     else
@@ -2787,8 +2797,10 @@ static Draw sample_token(const Sampler *s, const accum *logits, size_t V, uint64
     while (i + 1 < n && u >= choice[i].p) u -= choice[i++].p;
     d.token = choice[i].token;
     d.logp = log(choice[i].p / kept);
+    d.entropy = log(kept); // - sum p / kept log(p / kept), where log p is what p came from
     for (size_t v = 0; v < n; v++)
-        if (choice[v].p > 0) d.entropy -= choice[v].p / kept * log(choice[v].p / kept);
+        d.entropy -= choice[v].p / kept * ((double)logits[choice[v].token] - (double)logits[best]) /
+                     s->temperature;
     free(choice);
     return d;
 }
@@ -6044,11 +6056,7 @@ static double measure_read(size_t bytes, int threads)
     double rate = 0;
     #pragma omp parallel num_threads(threads) reduction(+ : rate)
     {
-        size_t thread = 0;
-#ifdef _OPENMP
-        thread = (size_t)omp_get_thread_num();
-#endif
-        const real *from = x + thread * part;
+        const real *from = x + (size_t)thread_number() * part;
         vec sum[4] = {{0}};
         double best = INFINITY, start = now();
         for (int pass = 0; pass < 3 || now() - start < 0.1; pass++) {
