@@ -2386,7 +2386,7 @@ static void adamw_step(real *weights, accum *master, accum *m, accum *v, const a
     for (size_t s = 0; s < spans; s++) {
         size_t begin = span[s].offset, end = begin + span[s].size;
         accum keep = (accum)(span[s].decays ? 1 - lr * decay : 1);
-        #pragma omp parallel for if (end - begin > SPAN_PIECE)
+        #pragma omp for nowait
         for (size_t i = begin; i < end; i++) {
             accum g = grads[i] * scale;
             m[i] = b1 * m[i] + (1 - b1) * g;
@@ -2394,6 +2394,7 @@ static void adamw_step(real *weights, accum *master, accum *m, accum *v, const a
             master[i] = keep * master[i] - rate * m[i] / (square_root(v[i]) * correct2 + e);
         }
     }
+    #pragma omp barrier
 }
 
 // The router's bias moves towards balance: b_i += speed sign(mean load - load_i) ([V3] 2.1.2).
@@ -2417,23 +2418,27 @@ static void count_load(int *load, const int *offsets, size_t E)
     for (size_t e = 0; e < E; e++) load[e] += offsets[e + 1] - offsets[e];
 }
 
-// A = X X^T. It is symmetric: strips of rows are computed as far as the diagonal, then mirrored.
+// A = X X^T. It is symmetric: strips of rows are computed as far as the diagonal, and what is right
+// of it is mirrored from below.
 static void gram(real *A,       // [m, m]
                  real *pack,    // [PADDED(m), n] workspace
-                 const real *X, // [m, n]
+                 const real *X, // [m, n], perhaps symmetric itself
                  size_t m, size_t n, int symmetric)
 {
-    enum { STRIP = 4 * MR };
+    enum { STRIP = 2 * MR }; // a multiple of 4
     if (symmetric) gemm_pack(pack, NR * n, X, 1, n, m, NR, n); // X^T, read along its rows
     else gemm_pack(pack, NR * n, X, n, 1, m, NR, n);
     for (size_t i = 0; i < m; i += STRIP) {
         size_t rows = min_size(STRIP, m - i);
         gemm_packed(A + i * m, m, X + i * n, n, 1, pack, NR * n, rows, i + rows, n, SET);
     }
-    for (size_t left = 0; left < m; left += STRIP) // columns whose lines stay in L1
-        for (size_t i = 0; i < m; i++)
-            for (size_t j = i < left ? left : i + 1; j < min_size(m, left + STRIP); j++)
-                A[i * m + j] = A[j * m + i];
+    for (size_t i = 0; i < m; i += STRIP) {
+        size_t end = min_size(i + STRIP, m), j = end;
+        for (; j + 4 <= m; j += 4)
+            for (size_t k = i; k < end; k += 4) transpose_copy(A + k * m + j, m, A + j * m + k, m);
+        for (; j < m; j++)
+            for (size_t k = i; k < end; k++) A[k * m + j] = A[j * m + k];
+    }
 }
 
 // Makes X [m, n], m <= n, of norm <= 1, nearly orthogonal: five steps of
@@ -2463,7 +2468,7 @@ static void muon_step(real *weights, accum *master, accum *momentum, const accum
 {
     METER(__func__, 0, 0);
     (void)weights;
-    #pragma omp parallel for schedule(dynamic)
+    #pragma omp for schedule(dynamic)
     for (size_t k = 0; k < matrices; k++) {
         Matrix it = matrix[k];
         int tall = it.rows > it.cols; // X is kept wide, m <= n
@@ -2586,13 +2591,15 @@ static void optimizer_step(Optimizer *o, Model *m, const Recipe *r, double norm)
         router_bias_step(bias, o->load + (size_t)t->layer * m->config.E, t->cols, r->bias_speed);
         if (has_master(m)) device_copy(m->weights + t->offset, bias, t->cols * sizeof(accum));
     }
-    adamw_step(m->weights, m->master, o->m, o->v, m->grads, o->span, o->spans[!r->muon],
-               o->pieces[!r->muon], o->step, r->adam_lr, r->beta1, r->beta2, r->eps, r->decay,
-               g_scale);
-    if (r->muon)
-        muon_step(m->weights, m->master, o->m, m->grads, o->matrix, o->matrices, r->lr,
-                  r->momentum, r->decay, g_scale);
-    device_zero(m->grads, m->layout.elements * sizeof(accum));
+    TEAM {
+        adamw_step(m->weights, m->master, o->m, o->v, m->grads, o->span, o->spans[!r->muon],
+                   o->pieces[!r->muon], o->step, r->adam_lr, r->beta1, r->beta2, r->eps, r->decay,
+                   g_scale);
+        if (r->muon)
+            muon_step(m->weights, m->master, o->m, m->grads, o->matrix, o->matrices, r->lr,
+                      r->momentum, r->decay, g_scale);
+        device_zero(m->grads, m->layout.elements * sizeof(accum));
+    }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -3290,6 +3297,22 @@ static Question make_question(int task, long size, int testing, uint64_t seed, u
         memcpy(q.shown, letters, (size_t)size);
     }
     return q;
+}
+
+// Gives columns other letters, of those that were not used for longest: a window of a text should
+// not say twice what a letter is.
+static void rename_columns(Question *q, char letters[26], Random *r)
+{
+    char shown[PLACES + 1] = "";
+    for (size_t k = 0; q->letter[k]; k++) {
+        size_t j = (size_t)pick(r, 6);
+        char letter = letters[j];
+        memmove(letters + j, letters + j + 1, 25 - j);
+        letters[25] = letter;
+        shown[strchr(q->shown, q->letter[k]) - q->shown] = letter;
+        q->letter[k] = letter;
+    }
+    memcpy(q->shown, shown, sizeof shown);
 }
 
 // The texts that a base model learns from: a share `worked` of them thinks before it answers, the
@@ -5362,22 +5385,6 @@ static RlStep rl_update(Exam *e, const Options *o, Model *m, const Model *ref, A
     free(total);
     free(order);
     return s;
-}
-
-// Gives columns other letters, of those that were not used for longest: a window of a text should
-// not say twice what a letter is.
-static void rename_columns(Question *q, char letters[26], Random *r)
-{
-    char shown[PLACES + 1] = "";
-    for (size_t k = 0; q->letter[k]; k++) {
-        size_t j = (size_t)pick(r, 6);
-        char letter = letters[j];
-        memmove(letters + j, letters + j + 1, 25 - j);
-        letters[25] = letter;
-        shown[strchr(q->shown, q->letter[k]) - q->shown] = letter;
-        q->letter[k] = letter;
-    }
-    memcpy(q->shown, shown, sizeof shown);
 }
 
 // Writes questions with answers of mixed quality, a text for a base model to learn from.
