@@ -1157,6 +1157,7 @@ static void test_threads_same_bits(void)
             optimizer_count_load(&o, &m, &a);
             if (step && !g) g = copy_of(m.grads, m.layout.elements);
             EXPECT(!step || !memcmp(g, m.grads, bytes), "%zu threads: other gradients", threads);
+            r.muon = step == 0; // then AdamW
             optimizer_step(&o, &m, &r, grad_norm(&m));
         }
         if (!w) w = copy_of(m.weights, m.layout.elements);
