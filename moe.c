@@ -694,13 +694,17 @@ static inline real sigmoid(real x) { return 1 / (1 + fast_exp(-x)); }
 // p. So its bits do not depend on m, n, the place of (i,j) or the width of the vectors.
 #ifndef VBYTES // bytes in a vector register; NV of them make a row of the tile
 #if defined(__AVX512F__)
-enum { VBYTES = 64, MR = 14, LOW = 8, NV = 2 }; // 32 registers: 28 for the tile, 2 for b, 1 for a
+#define VBYTES 64
+enum { MR = 14, LOW = 8, NV = 2 }; // 32 registers: 28 for the tile, 2 for b, 1 for a
 #elif defined(__AVX__)
-enum { VBYTES = 32, MR = 6, LOW = 4, NV = 2 }; // 16 registers
+#define VBYTES 32
+enum { MR = 6, LOW = 4, NV = 2 }; // 16 registers
 #elif defined(__ARM_NEON)
-enum { VBYTES = 16, MR = 8, LOW = 4, NV = 3 }; // 32 registers
+#define VBYTES 16
+enum { MR = 8, LOW = 4, NV = 3 }; // 32 registers
 #else
-enum { VBYTES = 16, MR = 6, LOW = 4, NV = 2 };
+#define VBYTES 16
+enum { MR = 6, LOW = 4, NV = 2 };
 #endif
 #endif
 #define LANES (VBYTES / sizeof(real))
@@ -728,34 +732,65 @@ typedef real vec_unaligned __attribute__((vector_size(VBYTES), aligned(sizeof(re
 INLINE vec vec_load(const real *x) { return *(const vec_unaligned *)x; }
 INLINE void vec_store(real *x, vec v) { *(vec_unaligned *)x = v; }
 
-// Turns four rows of four numbers into columns.
+// A vector is also QUADS blocks of four numbers, and four vectors are the rows of as many blocks of
+// 4 x 4. IN_QUADS chooses lanes of two vectors in each block alike, JOIN makes a vector of blocks.
 typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
+#if VBYTES == 64 && !defined MOE_DOUBLE
+enum { QUADS = 4 };
+#define IN_QUADS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4, \
+    a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+#define JOIN(q) SHUFFLE(SHUFFLE(q[0], q[1], 0, 1, 2, 3, 4, 5, 6, 7), \
+                        SHUFFLE(q[2], q[3], 0, 1, 2, 3, 4, 5, 6, 7), \
+                        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+#elif VBYTES == 64 || (VBYTES == 32 && !defined MOE_DOUBLE)
+enum { QUADS = 2 };
+#define IN_QUADS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+#define JOIN(q) SHUFFLE(q[0], q[1], 0, 1, 2, 3, 4, 5, 6, 7)
+#else
+enum { QUADS = 1 };
+#define IN_QUADS(a, b, c, d) a, b, c, d
+#define JOIN(q) q[0]
+#endif
+enum { WIDTH = 4 * QUADS }; // LANES, or more where a vector is less than a quad
+typedef real wide __attribute__((vector_size(WIDTH * sizeof(real))));
+typedef real wide_unaligned __attribute__((vector_size(WIDTH * sizeof(real)),
+                                           aligned(sizeof(real)), may_alias));
 
-INLINE void transpose_quads(quad x[4])
+// Turns each block's rows into columns.
+INLINE void transpose_quads(wide x[4])
 {
 #ifdef SHUFFLE
-    quad low02 = SHUFFLE(x[0], x[2], 0, 4, 1, 5), high02 = SHUFFLE(x[0], x[2], 2, 6, 3, 7);
-    quad low13 = SHUFFLE(x[1], x[3], 0, 4, 1, 5), high13 = SHUFFLE(x[1], x[3], 2, 6, 3, 7);
-    x[0] = SHUFFLE(low02, low13, 0, 4, 1, 5), x[1] = SHUFFLE(low02, low13, 2, 6, 3, 7);
-    x[2] = SHUFFLE(high02, high13, 0, 4, 1, 5), x[3] = SHUFFLE(high02, high13, 2, 6, 3, 7);
+#define LOW_PAIRS IN_QUADS(0, WIDTH, 1, WIDTH + 1)
+#define HIGH_PAIRS IN_QUADS(2, WIDTH + 2, 3, WIDTH + 3)
+    wide low02 = SHUFFLE(x[0], x[2], LOW_PAIRS), high02 = SHUFFLE(x[0], x[2], HIGH_PAIRS);
+    wide low13 = SHUFFLE(x[1], x[3], LOW_PAIRS), high13 = SHUFFLE(x[1], x[3], HIGH_PAIRS);
+    x[0] = SHUFFLE(low02, low13, LOW_PAIRS), x[1] = SHUFFLE(low02, low13, HIGH_PAIRS);
+    x[2] = SHUFFLE(high02, high13, LOW_PAIRS), x[3] = SHUFFLE(high02, high13, HIGH_PAIRS);
 #else
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < i; j++) {
-            real swap = x[i][j];
-            x[i][j] = x[j][i], x[j][i] = swap;
-        }
+#undef JOIN
+#define JOIN(q) *(const wide_unaligned *)q
+    for (int q = 0; q < WIDTH; q += 4)
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < i; j++) {
+                real swap = x[i][q + j];
+                x[i][q + j] = x[j][q + i], x[j][q + i] = swap;
+            }
 #endif
 }
 
-// to[j * to_row + i] = x[i * row + j] for i, j < 4.
+// to[j * to_row + i] = x[i * row + j] for i < WIDTH, j < 4.
 INLINE void transpose_copy(real *to, size_t to_row, const real *x, size_t row)
 {
-    quad square[4];
-    UNROLL for (size_t i = 0; i < 4; i++)
-        square[i] = *(const quad *)(x + i * row);
-    transpose_quads(square);
+    wide rows[4];
+    UNROLL for (size_t i = 0; i < 4; i++) {
+        quad block[QUADS];
+        UNROLL for (size_t q = 0; q < QUADS; q++)
+            block[q] = *(const quad *)(x + (4 * q + i) * row);
+        rows[i] = JOIN(block);
+    }
+    transpose_quads(rows);
     UNROLL for (size_t j = 0; j < 4; j++)
-        *(quad *)(to + j * to_row) = square[j];
+        *(wide_unaligned *)(to + j * to_row) = rows[j];
 }
 
 // Copies x[n,k] to panels of `width` rows, to[i / width * panel + p * width + i % width], the last
@@ -776,8 +811,8 @@ INLINE void gemm_pack(real *to, size_t panel, const real *x, size_t row, size_t 
             real *to_i = to + i * panel;
             const real *xi = x + i * width * row;
             size_t p = 0;
-            for (; col == 1 && width % 4 == 0 && p + 4 <= k; p += 4)
-                for (size_t r = 0; r < width; r += 4)
+            for (; col == 1 && width % WIDTH == 0 && p + 4 <= k; p += 4)
+                for (size_t r = 0; r < width; r += WIDTH)
                     transpose_copy(to_i + p * width + r, width, xi + r * row + p, row);
             for (; p < k; p++)
                 for (size_t r = 0; r < width; r++) to_i[p * width + r] = xi[r * row + p * col];
@@ -909,9 +944,9 @@ static void gemm_blocked(real *c, size_t c_row, const real *a, size_t a_row, siz
 
 // A few rows times a transposed matrix, as in decoding: to pack it would take longer than the
 // product. So here the vectors run along p, for two rows and four columns at once: lane l of a sum
-// takes every p with p % LANES == l; lanes l and l + LANES / 2 are added, and so on in halves, then
-// what is left of k. This order is not that of gemm_blocked.
-enum { FEW = 8, PAIR = 2, QUADS = LANES > 4 ? LANES / 4 : 1 };
+// takes every p with p % LANES == l; then the lanes of each block of four are added, the blocks, in
+// halves, and what is left of k. This order is not that of gemm_blocked.
+enum { FEW = 8, PAIR = 2 };
 
 // c[rows,n] (+)= a[rows,k] b for columns b[0] .. b[3], of which the first n count.
 INLINE void gemm_pair(real *c, size_t c_row, const real *a, size_t a_row, const real *const b[4],
@@ -928,17 +963,17 @@ INLINE void gemm_pair(real *c, size_t c_row, const real *a, size_t a_row, const 
                 acc[i][l] += ap * vec_load(b[l] + p);
         }
     UNROLL for (size_t i = 0; i < rows; i++) {
-        quad lane[4][QUADS], sum[4];
-        memset(lane, 0, sizeof lane); // where a vector is less than a quad
-        UNROLL for (size_t l = 0; l < 4; l++) {
-            memcpy(lane[l], &acc[i][l], sizeof(vec));
-            UNROLL for (size_t half = QUADS / 2; half > 0; half /= 2)
-                UNROLL for (size_t q = 0; q < half; q++)
-                    lane[l][q] += lane[l][q + half];
-            sum[l] = lane[l][0];
-        }
-        transpose_quads(sum);
-        sum[0] = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+        wide lane[4];
+        quad sum[QUADS];
+        if (sizeof(vec) < sizeof(wide)) memset(lane, 0, sizeof lane);
+        UNROLL for (size_t l = 0; l < 4; l++)
+            memcpy(&lane[l], &acc[i][l], sizeof(vec));
+        transpose_quads(lane);
+        lane[0] = (lane[0] + lane[2]) + (lane[1] + lane[3]);
+        memcpy(sum, &lane[0], sizeof(wide));
+        UNROLL for (size_t half = QUADS / 2; half > 0; half /= 2)
+            UNROLL for (size_t q = 0; q < half; q++)
+                sum[q] += sum[q + half];
         for (size_t q = p; q < k; q++) {
             quad bq = {b[0][q], b[1][q], b[2][q], b[3][q]};
             sum[0] += a[i * a_row + q] * bq;
@@ -2434,7 +2469,7 @@ static void gram(real *A,       // [m, m]
     }
     for (size_t i = 0; i < m; i += STRIP) {
         size_t end = min_size(i + STRIP, m), j = end;
-        for (; j + 4 <= m; j += 4)
+        for (; j + WIDTH <= m; j += WIDTH)
             for (size_t k = i; k < end; k += 4) transpose_copy(A + k * m + j, m, A + j * m + k, m);
         for (; j < m; j++)
             for (size_t k = i; k < end; k++) A[k * m + j] = A[j * m + k];
