@@ -216,7 +216,7 @@ static int thread_number(void) // in its team
     X(KG,        topk_group,               1 << 16,    1,      1,      4) /* groups kept */ \
     X(norm_topk, norm_topk_prob,                 1,    1,      1,      1) \
     X(D,         num_nextn_predict_layers,      64,    0,      0,      1) /* MTP depths */ \
-    X(Tmax,      max_position_embeddings,  1 << 24,  128,   8192, 163840)
+    X(Tmax,      max_position_embeddings,  1 << 24,  256,   8192, 163840)
 
 #define CONFIG_REALS(X) \
     X(eps,         rms_norm_eps,                     1e-6,     1e-5,     1e-6) \
@@ -2760,7 +2760,7 @@ static void decode_depth(const Decoder *s, size_t n)
 }
 
 // Weights times tokens up to which one thread is faster than several that wait for each other.
-enum { ALONE = 3 << 20 };
+enum { ALONE = 5 << 20 };
 static int is_small(const Decoder *s, size_t n) { return n * s->m->layout.elements <= ALONE; }
 
 // Runs n <= max_rows tokens through the main model. Leaves logits in a.logits [n, V] and what the

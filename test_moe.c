@@ -3944,7 +3944,7 @@ static void test_plan_options(void)
                         "--data-parallel", "8", "--expert-parallel", "4", "--batch", "2",
                         "--mfu", "0.2", "--price", "3", "--budget", "1e9"));
     Json *l = plan(ARGS("plan", "--json", "--config", "laptop-mtp", "--gpus", "5", "--pipeline",
-                        "5", "--seq", "64"));
+                        "5", "--seq", "128"));
 #define OF(j, section, row, column) planned(j, section, row, column)
 #define MEMORY(j, row) OF(j, "bytes_on_the_fullest_device", row, "activations_kept")
     double all = OF(j, "parameters", "all", "total"), held = all - experts * 3 / 4;
@@ -3979,7 +3979,7 @@ static void test_plan_options(void)
     REFUSED("--expert-parallel 4 does not divide --data-parallel 2", "plan", "--config",
             "laptop-mtp", "--data-parallel", "2", "--expert-parallel", "4");
     REFUSED("--batch is 0", "plan", "--batch", "0");
-    REFUSED("--seq is 129", "plan", "--config", "laptop-mtp", "--seq", "129");
+    REFUSED("--seq is 257", "plan", "--config", "laptop-mtp", "--seq", "257");
     REFUSED("--mfu is 0", "plan", "--mfu", "0");
     REFUSED("--mfu is 1.5", "plan", "--mfu", "1.5");
     REFUSED("--budget", "plan", "--budget", "1e21");
