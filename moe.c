@@ -42,6 +42,7 @@ A pointer's comment gives its shape, rows first. An operation's outputs come bef
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -5142,7 +5143,8 @@ typedef struct {
     size_t low, high;  // sizes of its questions
     uint64_t seed;
     FILE *questions;   // of --task-cmd
-    FILE *asked, *verdicts; // of --verify-cmd: what it reads, what it writes
+    FILE *asked;       // what --verify-cmd reads
+    int verdicts;      // file descriptor of what it writes
 } Source;
 
 static void source_sizes(Source *s, const char *text)
@@ -5176,13 +5178,13 @@ static void start_judge(Source *s, const char *command)
     fcntl(to[1], F_SETFD, FD_CLOEXEC);
     fcntl(from[0], F_SETFD, FD_CLOEXEC);
     s->asked = fdopen(to[1], "w");
-    s->verdicts = fdopen(from[0], "r");
-    NEED(s->asked && s->verdicts, "--verify-cmd: cannot open a pipe: %s", strerror(errno));
+    s->verdicts = from[0];
+    NEED(s->asked, "--verify-cmd: cannot open a pipe: %s", strerror(errno));
 }
 
 static Source source_open(const Options *o)
 {
-    Source s = {0, 0, 0, o->seed, NULL, NULL, NULL};
+    Source s = {0, 0, 0, o->seed, NULL, NULL, -1};
     while (s.task < TASKS && strcmp(o->task, task_names[s.task])) s.task++;
     int own = *o->task_cmd || *o->verify_cmd;
     NEED(own || s.task < TASKS, "--task is '%s'; it must be " TASK_NAMES, o->task);
@@ -5206,6 +5208,22 @@ static Source source_open(const Options *o)
     return s;
 }
 
+// Reads a line that a program writes, its line feed included; 0 if the program ends, writes more than
+// fits or lets a minute pass without a byte.
+static int program_line(int fd, char *text, size_t size)
+{
+    for (size_t i = 0; i + 1 < size; i++) {
+        struct pollfd p = {fd, POLLIN, 0};
+        int ready;
+        while ((ready = poll(&p, 1, 60 * 1000)) < 0 && errno == EINTR) {}
+        if (ready <= 0 || read(fd, text + i, 1) != 1) return 0;
+        if (text[i] != '\n') continue;
+        text[i + 1] = 0;
+        return 1;
+    }
+    return 0;
+}
+
 // Puts the i-th question for training or testing into a line; 0 if there is none. An eighth of a
 // program's questions, by their hash, is for testing.
 static int source_question(Source *s, Line *line, int testing, uint64_t i)
@@ -5221,7 +5239,7 @@ static int source_question(Source *s, Line *line, int testing, uint64_t i)
     uint64_t hash;
     int tries = 0;
     do {
-        if (tries++ == 10000 || !fgets(line->text, LINE, s->questions)) return 0;
+        if (tries++ == 10000 || !program_line(fileno(s->questions), line->text, LINE)) return 0;
         line->length = strcspn(line->text, "\n");
         if (!line->text[line->length] || memchr(line->text, '\t', line->length)) return 0;
         line->text[line->length] = 0;
@@ -5243,7 +5261,7 @@ static int source_judge(Source *s, const char *question, const char *answer, Rew
         return 1;
     }
     fprintf(s->asked, "%s\t%s\n", question, answer);
-    if (fflush(s->asked) || !fgets(text, sizeof text, s->verdicts)) return 0;
+    if (fflush(s->asked) || !program_line(s->verdicts, text, sizeof text)) return 0;
     reward->accuracy = strtod(text, &end);
     reward->format = 0;
     return end > text && *end == '\n' && isfinite(reward->accuracy);
@@ -5329,8 +5347,9 @@ static const char *exam_sit(Exam *e, const Sampler *sampler, int testing, size_t
     for (size_t i = 0; i < r->n; i++) {
         Line *q = &e->question[i / group];
         if (i % group == 0 && !source_question(e->source, q, testing, first + i / group))
-            return "--task-cmd ended, wrote a tab or a line that is too long, or the same few "
-                   "questions only; it must write questions, a line each, without end";
+            return "--task-cmd ended, was silent for a minute, wrote a tab or a line that is too "
+                   "long, or the same few questions only; it must write questions, a line each, "
+                   "without end";
         if (!rollout_ask(r, i, q)) return "a question is too long; use a larger --max-prompt";
     }
     double start = now();
@@ -5339,8 +5358,9 @@ static const char *exam_sit(Exam *e, const Sampler *sampler, int testing, size_t
     for (size_t i = 0; i < r->n; i++) {
         rollout_answer(answer, r, i);
         if (!source_judge(e->source, e->question[i / group].text, answer, &e->reward[i]))
-            return "--verify-cmd ended or did not answer with a number; it must write a reward, a "
-                   "line each, for every line question<TAB>answer that it reads";
+            return "--verify-cmd ended, was silent for a minute or did not answer with a number; "
+                   "it must write a reward, a line each, for every line question<TAB>answer that "
+                   "it reads, and flush it";
     }
     return NULL;
 }
