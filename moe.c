@@ -5208,8 +5208,8 @@ static Source source_open(const Options *o)
     return s;
 }
 
-// Reads a line that a program writes, its line feed included; 0 if the program ends, writes more than
-// fits or lets a minute pass without a byte.
+// Reads a line that a program writes, its line feed included; 0 if the program ends, writes more
+// than fits or lets a minute pass without a byte.
 static int program_line(int fd, char *text, size_t size)
 {
     for (size_t i = 0; i + 1 < size; i++) {
