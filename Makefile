@@ -1,7 +1,7 @@
 # make            builds ./moe
 # make run        trains a model on Shakespeare and lets it write (a minute on two new cores)
 # make best       the same with multi-token prediction and four times as many steps
-# make r1         a model that answers badly teaches itself to think (three to seven minutes; SEED=2,
+# make r1         a model that answers badly teaches itself to think (two to seven minutes; SEED=2,
 #                 TASK=countdown: learns to search; TASK=columns: learns to add longer numbers than
 #                 it ever read about)
 # make test       builds and runs every test (under two minutes on two cores)

@@ -4466,6 +4466,8 @@ enum {
       "program that writes questions, a line each") \
     X(RL_RUN | EVAL, Text, verify_cmd, "verify-cmd", "", "CMD", \
       "program that reads question<TAB>answer lines and writes a reward for each") \
+    X(RL_RUN | EVAL, Count, patience, "patience", "60", "S", \
+      "seconds that these programs may be silent") \
     X(TASK, Count, lines, "lines", "100000", "N", "questions to write, with answers") \
     X(TASK, Number, worked, "worked", "0.25", "X", "share of answers that are thought about") \
     X(TASK, Number, right, "right", "0.3", "X", "share that is right of those given at once") \
@@ -5145,6 +5147,7 @@ typedef struct {
     FILE *questions;   // of --task-cmd
     FILE *asked;       // what --verify-cmd reads
     int verdicts;      // file descriptor of what it writes
+    int patience;      // ms that either may be silent
 } Source;
 
 static void source_sizes(Source *s, const char *text)
@@ -5184,7 +5187,7 @@ static void start_judge(Source *s, const char *command)
 
 static Source source_open(const Options *o)
 {
-    Source s = {0, 0, 0, o->seed, NULL, NULL, -1};
+    Source s = {0, 0, 0, o->seed, NULL, NULL, -1, (int)(1000 * min_size(o->patience, 1000000))};
     while (s.task < TASKS && strcmp(o->task, task_names[s.task])) s.task++;
     int own = *o->task_cmd || *o->verify_cmd;
     NEED(own || s.task < TASKS, "--task is '%s'; it must be " TASK_NAMES, o->task);
@@ -5209,13 +5212,13 @@ static Source source_open(const Options *o)
 }
 
 // Reads a line that a program writes, its line feed included; 0 if the program ends, writes more
-// than fits or lets a minute pass without a byte.
-static int program_line(int fd, char *text, size_t size)
+// than fits or is silent for `patience` ms.
+static int program_line(int fd, int patience, char *text, size_t size)
 {
     for (size_t i = 0; i + 1 < size; i++) {
         struct pollfd p = {fd, POLLIN, 0};
         int ready;
-        while ((ready = poll(&p, 1, 60 * 1000)) < 0 && errno == EINTR) {}
+        while ((ready = poll(&p, 1, patience)) < 0 && errno == EINTR) {}
         if (ready <= 0 || read(fd, text + i, 1) != 1) return 0;
         if (text[i] != '\n') continue;
         text[i + 1] = 0;
@@ -5239,7 +5242,9 @@ static int source_question(Source *s, Line *line, int testing, uint64_t i)
     uint64_t hash;
     int tries = 0;
     do {
-        if (tries++ == 10000 || !program_line(fileno(s->questions), line->text, LINE)) return 0;
+        int came = tries++ < 10000 &&
+                   program_line(fileno(s->questions), s->patience, line->text, LINE);
+        if (!came) return 0;
         line->length = strcspn(line->text, "\n");
         if (!line->text[line->length] || memchr(line->text, '\t', line->length)) return 0;
         line->text[line->length] = 0;
@@ -5261,7 +5266,7 @@ static int source_judge(Source *s, const char *question, const char *answer, Rew
         return 1;
     }
     fprintf(s->asked, "%s\t%s\n", question, answer);
-    if (fflush(s->asked) || !program_line(s->verdicts, text, sizeof text)) return 0;
+    if (fflush(s->asked) || !program_line(s->verdicts, s->patience, text, sizeof text)) return 0;
     reward->accuracy = strtod(text, &end);
     reward->format = 0;
     return end > text && *end == '\n' && isfinite(reward->accuracy);
@@ -5347,9 +5352,9 @@ static const char *exam_sit(Exam *e, const Sampler *sampler, int testing, size_t
     for (size_t i = 0; i < r->n; i++) {
         Line *q = &e->question[i / group];
         if (i % group == 0 && !source_question(e->source, q, testing, first + i / group))
-            return "--task-cmd ended, was silent for a minute, wrote a tab or a line that is too "
-                   "long, or the same few questions only; it must write questions, a line each, "
-                   "without end";
+            return "--task-cmd ended, was silent beyond --patience, wrote a tab or a line that is "
+                   "too long, or the same few questions only; it must write questions, a line "
+                   "each, without end";
         if (!rollout_ask(r, i, q)) return "a question is too long; use a larger --max-prompt";
     }
     double start = now();
@@ -5358,9 +5363,9 @@ static const char *exam_sit(Exam *e, const Sampler *sampler, int testing, size_t
     for (size_t i = 0; i < r->n; i++) {
         rollout_answer(answer, r, i);
         if (!source_judge(e->source, e->question[i / group].text, answer, &e->reward[i]))
-            return "--verify-cmd ended, was silent for a minute or did not answer with a number; "
-                   "it must write a reward, a line each, for every line question<TAB>answer that "
-                   "it reads, and flush it";
+            return "--verify-cmd ended, was silent beyond --patience or did not answer with a "
+                   "number; it must write a reward, a line each, for every line "
+                   "question<TAB>answer that it reads, and flush it";
     }
     return NULL;
 }

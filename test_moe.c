@@ -4081,6 +4081,10 @@ static void test_rl(void)
     r = expect_success(EVAL_OWN(out, judges)); // and the program's judge confirms it
     EXPECT(strstr(r.out, "greedy 100.0%"), "eval says '%s'", r.out);
     expect_error(1, "--verify-cmd ended", EVAL_OWN(out, "true"));
+    expect_error(1, "silent beyond --patience", // a judge that keeps what it should say
+                 ARGS("eval", "--model", out, "--task-cmd", asks, "--verify-cmd",
+                      "cat > /dev/null", "--test", "20", "--max-tokens", "12", "--threads", "1",
+                      "--patience", "1"));
     snprintf(remark, sizeof remark, "accuracy %.2f, then %.2f", first, last);
 }
 
