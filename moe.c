@@ -528,7 +528,7 @@ static Rows all_rows(size_t rows)
     return r;
 }
 
-// Set by gradient checks, which hold the choice of experts still: router_forward and
+// Set where the choice of experts must hold still, as in gradient checks: router_forward and
 // balance_forward then leave topk and f as they stood.
 static int hold_routing = 0;
 
@@ -4176,7 +4176,7 @@ typedef struct {
     const char *name;
     const Shard *shard;
     const char *file;
-    size_t shape[2], dims, begin, end; // begin, end: of its data
+    size_t shape[3], dims, begin, end; // begin, end: of its data
     int dtype, used;
 } Stored;
 
@@ -4189,7 +4189,7 @@ static size_t header_size(const Stored *t, const Json *j)
 
 static Stored stored_parse(const Shard *s, const Json *j)
 {
-    Stored t = {j->key, s, s->path.text, {0, 0}, 0, 0, 0, 0, 0};
+    Stored t = {j->key, s, s->path.text, {0, 0, 0}, 0, 0, 0, 0, 0};
     const Json *dtype = json_get(j, "dtype"), *shape = json_get(j, "shape");
     const Json *offsets = json_get(j, "data_offsets");
     NEED(dtype && dtype->type == JSON_STRING && shape && shape->type == JSON_ARRAY && offsets &&
@@ -4198,8 +4198,8 @@ static Stored stored_parse(const Shard *s, const Json *j)
     while (t.dtype < DTYPES && strcmp(dtype->string, dtypes[t.dtype].name)) t.dtype++;
     NEED(t.dtype < DTYPES, "%s: %s: dtype %s is not read; F32, BF16, F16 and F8_E4M3 are", t.file,
          t.name, dtype->string);
-    NEED(shape->length == 1 || shape->length == 2,
-         "%s: %s: has %zu dimensions; 1 or 2 are expected", t.file, t.name, shape->length);
+    NEED(shape->length >= 1 && shape->length <= 3,
+         "%s: %s: has %zu dimensions; 1 to 3 are expected", t.file, t.name, shape->length);
     size_t n = dtypes[t.dtype].size;
     for (const Json *size = shape->child; size; size = size->next) {
         size_t d = t.shape[t.dims++] = header_size(&t, size);
@@ -4455,7 +4455,9 @@ enum {
     X(TRAIN | RL, Count, stop_after, "stop-after", "0", "K", "end after step K, saved; 0: do not") \
     X(RUN, Count, save_every, "save-every", "200", "N", "steps between saves; 0: at the end") \
     X(RL_RUN, Count, rl_save_every, "save-every", "20", "N", "steps between saves; 0: at the end") \
-    X(CHECK, Text, dump, "dump", "", "FILE", "write logits, losses and gradients there") \
+    X(CHECK, Text, dump, "dump", "", "FILE", "write logits, losses, gradients and routing there") \
+    X(CHECK, Text, routing, "routing", "", "FILE", \
+      "send tokens to the experts of this dump: near ties hang on rounding") \
     X(RUN, Count, steps, "steps", "600", "N", "steps to train") \
     X(RL_RUN | TASK, Text, task, "task", "add", "NAME", TASK_NAMES) \
     X(EVAL, Text, test_task, "task", "", "NAME", "answer the test questions of a task instead") \
@@ -6446,35 +6448,95 @@ static int command_eval(const Options *o)
     return 0;
 }
 
-// Writes logits, losses and every gradient to path, under the names of the tensors.
+// What of a layer's routing a dump holds: its choice of experts, and f of its balance loss.
+static void routing_names(char topk[NAME_MAX_LENGTH], char f[NAME_MAX_LENGTH], size_t layer)
+{
+    snprintf(topk, NAME_MAX_LENGTH, "model.layers.%zu.topk", layer);
+    snprintf(f, NAME_MAX_LENGTH, "model.layers.%zu.f", layer);
+}
+
+static size_t layer_tokens(const Model *m, const Acts *a, size_t layer)
+{
+    return a->B * a->batch[layer < m->config.L ? 0 : layer - m->config.L + 1].T;
+}
+
+// Writes logits, losses, routing and every gradient to path, under the names of the tensors.
 static void check_dump(const Model *m, const Acts *a, const Losses *s, const char *path)
 {
-    static const char *const names[4] = {"loss", "loss.main", "loss.mtp", "loss.balance"};
-    const accum values[4] = {(accum)s->total, (accum)s->main, (accum)s->mtp, (accum)s->balance};
-    accum *losses = (accum *)device_alloc(sizeof values);
-    Entry *entry = (Entry *)host_alloc(count_entries(&m->layout) + 5, sizeof(Entry));
-    size_t n = a->B * a->T * m->config.V;
-    accum *host = (accum *)host_alloc(n, sizeof(accum));
-    accum *logits = (accum *)device_alloc(n * sizeof(accum));
-    reals_to_host(host, a->layer[m->config.L - 1].logits, n);
-    to_device(logits, host, n * sizeof(accum));
-    to_device(losses, values, sizeof values);
-    Entry first = {"logits", {a->B, a->T, m->config.V}, 3, logits};
-    entry[0] = first;
-    for (size_t i = 0; i < 4; i++) {
-        Entry loss = {"", {1}, 1, losses + i};
-        entry[1 + i] = loss;
-        strcpy(entry[1 + i].name, names[i]);
+    const Config *c = &m->config;
+    const struct { const char *name; double value; } losses[4] = {
+        {"loss", s->total}, {"loss.main", s->main}, {"loss.mtp", s->mtp},
+        {"loss.balance", s->balance},
+    };
+    size_t n = a->B * a->T * c->V, choices = a->B * a->T * c->K, L = c->L + a->depths, at = 4 + n;
+    Entry *entry = (Entry *)host_alloc(count_entries(&m->layout) + 5 + 2 * L, sizeof(Entry));
+    Entry *e = entry, all = {"logits", {a->B, a->T, c->V}, 3, NULL};
+    accum *host = (accum *)host_alloc(at + L * choices, sizeof(accum)); // losses, logits, choices
+    accum *on_device = (accum *)device_alloc((at + L * choices) * sizeof(accum));
+    int *topk = (int *)host_alloc(choices, sizeof(int));
+    reals_to_host(host + 4, a->layer[c->L - 1].logits, n);
+    *e = all;
+    e++->data = on_device + 4;
+    for (size_t i = 0; i < 4; i++, e++) {
+        host[i] = (accum)losses[i].value;
+        strcpy(e->name, losses[i].name);
+        e->shape[0] = e->dims = 1, e->data = on_device + i;
     }
-    Entry *end = entries_add(entry + 5, &m->layout, "grad.", m->grads), *kept = entry + 5;
-    for (const Entry *e = kept; e < end; e++)
-        if (!strstr(e->name, "e_score_correction_bias")) *kept++ = *e;
+    for (size_t l = 0; l < L; l++) {
+        size_t rows = layer_tokens(m, a, l);
+        if (!is_moe(c, l)) continue;
+        to_host(topk, a->layer[l].topk, rows * c->K * sizeof(int));
+        for (size_t i = 0; i < rows * c->K; i++) host[at + i] = (accum)topk[i];
+        routing_names(e[0].name, e[1].name, l);
+        e[0].dims = e[1].dims = 2;
+        e[0].shape[0] = rows, e[0].shape[1] = c->K, e[0].data = on_device + at;
+        e[1].shape[0] = a->B, e[1].shape[1] = c->E, e[1].data = a->layer[l].f;
+        at += rows * c->K, e += 2;
+    }
+    to_device(on_device, host, at * sizeof(accum));
+    Entry *end = entries_add(e, &m->layout, "grad.", m->grads);
+    for (const Entry *grad = e; grad < end; grad++)
+        if (!strstr(grad->name, "e_score_correction_bias")) *e++ = *grad;
     Output o = safetensors_open(path);
-    safetensors_close(&o, entry, (size_t)(kept - entry));
+    safetensors_close(&o, entry, (size_t)(e - entry));
     free(entry);
     free(host);
-    device_free(logits);
-    device_free(losses);
+    free(topk);
+    device_free(on_device);
+}
+
+// Takes the routing that stands in a dump, for good.
+static void check_routing(const Model *m, Acts *a, const char *file)
+{
+    const Config *c = &m->config;
+    Shard *shard = (Shard *)host_alloc(1, sizeof(Shard));
+    Path path;
+    NEED(snprintf(path.text, sizeof path.text, "%s", file) < (int)sizeof path.text,
+         "--routing %.99s...: the path is too long", file);
+    *shard = shard_open(path);
+    Checkpoint dump = checkpoint_list(file, shard, 1);
+    char topk_name[NAME_MAX_LENGTH], f_name[NAME_MAX_LENGTH];
+    size_t most = a->B * (a->T * c->K + c->E);
+    accum *host = (accum *)host_alloc(most, sizeof(accum));
+    int *topk = (int *)host_alloc(most, sizeof(int));
+    for (size_t l = 0; l < c->L + a->depths; l++) {
+        size_t rows = layer_tokens(m, a, l), choice[2] = {rows, c->K}, load[2] = {a->B, c->E};
+        if (!is_moe(c, l)) continue;
+        routing_names(topk_name, f_name, l);
+        stored_read(checkpoint_get(&dump, topk_name, choice, 2), NULL, host);
+        for (size_t i = 0; i < rows * c->K; i++) {
+            NEED(is_whole((double)host[i], (double)(c->E - 1)), "%s: %s: element %zu is %g; there "
+                 "are %zu experts", file, topk_name, i, (double)host[i], c->E);
+            topk[i] = (int)host[i];
+        }
+        to_device(a->layer[l].topk, topk, rows * c->K * sizeof(int));
+        stored_read(checkpoint_get(&dump, f_name, load, 2), NULL, host);
+        to_device(a->layer[l].f, host, a->B * c->E * sizeof(accum));
+    }
+    hold_routing = 1;
+    checkpoint_close(&dump);
+    free(host);
+    free(topk);
 }
 
 static int command_check(const Options *o)
@@ -6493,6 +6555,7 @@ static int command_check(const Options *o)
     Optimizer opt = optimizer_make(&m);
     Recipe recipe = recipe_make(o, 0, o->check_lr, o->check_lr, o->check_bias_speed);
     acts_load(&a, tokens);
+    if (*o->routing) check_routing(&m, &a, o->routing);
     for (size_t step = 0; step <= o->check_steps; step++) {
         model_forward(&m, &a);
         model_backward(&m, &a, 1);

@@ -2983,7 +2983,8 @@ static void test_damaged_weights(void)
         {norm, NORM_IS("\"shape\":[13],"), 0, "needs a dtype"},
         {norm, "\"model.norm.weight\":[],\"x\":{\"data_offsets\":", 0, "needs a dtype"},
         {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[],"), 0, "0 dimensions"},
-        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[1,1,13],"), 0, "3 dimensions"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[1,1,1,13],"), 0, "4 dimensions"},
+        {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[1,1,13],"), 0, "has shape [1,1,13]"},
         {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[13,1],"), 0, "model.norm.weight"},
         {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[-13],"), 0, "whole numbers"},
         {norm, NORM_IS("\"dtype\":\"F32\",\"shape\":[13.5],"), 0, "whole numbers"},
@@ -3555,11 +3556,83 @@ static void test_check_dump(void)
         expect_dumped(header, p, &grads[i]);
         count++;
     }
+    for (size_t l = 0; l < m.config.L + a.depths; l++) {
+        size_t rows = layer_tokens(&m, &a, l), K = m.config.K, E = m.config.E;
+        if (!is_moe(&m.config, l)) continue;
+        real *topk = reals(rows * K);
+        for (size_t i = 0; i < rows * K; i++) topk[i] = (real)a.layer[l].topk[i];
+        Entry choice = {"", {rows, K}, 2, topk}, load = {"", {B, E}, 2, a.layer[l].f};
+        routing_names(choice.name, load.name, l);
+        expect_dumped(header, p, &choice);
+        expect_dumped(header, p, &load);
+        count += 2;
+    }
     EXPECT(header->length == count, "expected %zu tensors, got %zu", count, header->length);
     free(header);
     free(text.bytes);
     acts_free(&a);
     model_free(&m);
+}
+
+// The numbers of a dump's tensor.
+static const float *dumped(const char *name, const char *tensor, size_t *n)
+{
+    Parts p = read_parts(directory, name);
+    Json *header = json_parse(name, p.header, strlen(p.header));
+    const Json *at = json_get(json_get(header, tensor), "data_offsets")->child;
+    float *x = (float *)room(p.n / 4, sizeof(float));
+    *n = ((size_t)at->next->number - (size_t)at->number) / 4;
+    memcpy(x, p.data + (size_t)at->number, 4 * *n);
+    free(header);
+    return x;
+}
+
+static void dump_batch(const char *name, const char *model, const char *routing)
+{
+    expect_success(ARGS("check", "--model", model, "--data", excerpt, "--batch", "2", "--seq", "7",
+                        "--dump", in_directory(name), "--routing", routing));
+}
+
+// Told another model's routing, a model takes it; told its own, nothing changes.
+static void test_check_routing(void)
+{
+    Config c = small_config();
+    c.V = 256, c.Tmax = 16;
+    Model m = random_model(&c, 0, 62);
+    char *one = saved_model("routes"), *two = in_directory("other");
+    char *of_one = in_directory("of-one");
+    model_save(&m, two);
+    model_free(&m);
+    dump_batch("of-one", one, "");
+    dump_batch("of-one-again", one, of_one);
+    dump_batch("of-two", two, "");
+    dump_batch("of-two-told", two, of_one);
+    size_t n, again, differ = 0;
+    char *first = file_text(of_one, &n), *second = file_text(in_directory("of-one-again"), &again);
+    EXPECT(n == again && !memcmp(first, second, n), "its own routing changes the dump");
+    for (size_t l = c.dense; l < c.L; l++) {
+        char topk[NAME_MAX_LENGTH], f[NAME_MAX_LENGTH];
+        routing_names(topk, f, l);
+        const float *a = dumped("of-one", topk, &n), *b = dumped("of-two", topk, &n);
+        EXPECT(!memcmp(a, dumped("of-two-told", topk, &n), 4 * n), "layer %zu chose itself", l);
+        for (size_t i = 0; i < n; i++) differ += a[i] != b[i];
+    }
+    EXPECT(differ > 0, "two random models route alike");
+
+    char *text = file_text(of_one, &n), topk[NAME_MAX_LENGTH], f[NAME_MAX_LENGTH];
+    Parts p = read_parts(directory, "of-one");
+    Json *header = json_parse("of-one", p.header, strlen(p.header));
+    routing_names(topk, f, c.dense);
+    float beyond = (float)c.E;
+    const Json *at = json_get(json_get(header, topk), "data_offsets")->child;
+    memcpy(text + (n - p.n) + (size_t)at->number, &beyond, 4);
+    free(header);
+    write_file(in_directory("of-none"), text, n);
+    REFUSED("element 0 is ", "check", "--model", one, "--data", excerpt, "--batch", "2", "--seq",
+            "7", "--routing", in_directory("of-none"));
+    REFUSED("has shape [14,", "check", "--model", one, "--data", excerpt, "--batch", "1", "--seq",
+            "7", "--routing", of_one);
+    REFUSED("none", "check", "--model", one, "--data", excerpt, "--routing", in_directory("none"));
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -4333,7 +4406,7 @@ static const Test tests[] = {
     TEST(generate_trained) TEST(sample_token) TEST(json) TEST(save_load) TEST(load_dtypes_shards)
     TEST(load_fp8) TEST(damaged_weights) TEST(damaged_config) TEST(rope_parameters)
     TEST(sizes_beyond_int) TEST(window_start) TEST(schedule) TEST(text_loss) TEST(answers_only)
-    TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump)
+    TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump) TEST(check_routing)
     TEST(resume_is_exact) TEST(killed_while_saving) TEST(disk_full) TEST(read_only_directory)
     TEST(signals) TEST(not_finite) TEST(memory_refused) TEST(plan) TEST(plan_options)
     TEST(bench) TEST(rl) TEST(rl_resume) TEST(rl_options) TEST(rl_programs)
