@@ -992,6 +992,9 @@ static void gemm_few_rows(real *c, size_t c_row, const real *a, size_t a_row, co
     for (size_t j = 0; j < n; j += 4) {
         const real *bj[4];
         for (size_t l = 0; l < 4; l++) bj[l] = b + min_size(j + l, n - 1) * b_col;
+        if (k <= 64 && j + 20 <= n) // too short for the processor to see where the columns lead
+            for (size_t l = 16; l < 20; l++)
+                for (size_t p = 0; p < k; p += 16) __builtin_prefetch(b + (j + l) * b_col + p);
         size_t i = 0;
         for (; i + PAIR <= m; i += PAIR)
             gemm_pair(c + i * c_row + j, c_row, a + i * a_row, a_row, bj, n - j, k, add, PAIR);
