@@ -425,6 +425,22 @@ static size_t parameters(const Layout *layout)
     return n;
 }
 
+// Weights of a tensor that one token meets: of E routed experts K; none of the embedding, of which
+// it copies a row.
+static double active_size(const Config *c, const Tensor *t)
+{
+    double n = (double)tensor_size(t);
+    return t->kind == EMBEDDING ? 0 : t->count > 1 ? n / (double)t->count * (double)c->K : n;
+}
+
+static double active_weights(const Config *c, const Layout *layout) // of the main model
+{
+    double n = 0;
+    for (const Tensor *t = layout->tensor; t < layout->tensor + layout->tensors; t++)
+        if (t->layer < (int)c->L) n += active_size(c, t);
+    return n;
+}
+
 enum { NAME_MAX_LENGTH = 128 };
 
 // Vectors have one dimension in files, matrices two.
@@ -2763,9 +2779,13 @@ static void decode_depth(const Decoder *s, size_t n)
     head_forward(s->m, &a, 1, n);
 }
 
-// Weights times tokens up to which one thread is faster than several that wait for each other.
-enum { ALONE = 5 << 20 };
-static int is_small(const Decoder *s, size_t n) { return n * s->m->layout.elements <= ALONE; }
+// The work up to which one thread is faster than several that wait for each other: tokens times the
+// weights that each meets.
+enum { ALONE = 2 << 20 };
+static int is_small(const Decoder *s, size_t n)
+{
+    return (double)n * active_weights(&s->m->config, &s->m->layout) <= ALONE;
+}
 
 // Runs n <= max_rows tokens through the main model. Leaves logits in a.logits [n, V] and what the
 // head saw in hidden [n, C].
@@ -5778,14 +5798,6 @@ static int is_preset(const Config *c, int preset)
     return 1 CONFIG_SIZES(SAME_SIZE);
 }
 
-// Weights of a tensor that one token meets: of E routed experts K; none of the embedding, of which
-// it copies a row.
-static double active_size(const Config *c, const Tensor *t)
-{
-    double n = (double)tensor_size(t);
-    return t->kind == EMBEDDING ? 0 : t->count > 1 ? n / (double)t->count * (double)c->K : n;
-}
-
 // Operations of a token's forward pass in a sequence of T, with or without multi-token prediction:
 // a multiply-add for each weight of the matrices it meets, and for each number of the keys and
 // values of the T/2 tokens that it sees on average. The backward pass takes twice as many, as a
@@ -6308,15 +6320,13 @@ static void bench_decoding(int json, const Model *m, const Machine *k, size_t we
 static int command_bench(const Options *o)
 {
     Config c = config_from_options(o);
-    size_t T = sequence_length(o, &c), B = o->batch, weights = 0;
+    size_t T = sequence_length(o, &c), B = o->batch;
     is_muon(o->bench_optimizer);
     NEED(B > 0 && T >= 8, "--batch must be at least 1 and --seq 8");
     NEED(o->bench_steps > 0, "--steps must be at least 1");
     memory_plan(&c, 1, B, T, 0);
     Model m = model_from_options(o, &c, 1);
-    for (size_t i = 0; i < m.layout.tensors; i++) // that a token reads, in bytes
-        if (m.layout.tensor[i].layer < (int)c.L)
-            weights += (size_t)active_size(&c, &m.layout.tensor[i]) * sizeof(real);
+    size_t weights = (size_t)active_weights(&c, &m.layout) * sizeof(real); // bytes a token reads
     if (o->json) printf("{\n  \"threads\": %d", thread_count());
     Machine k = bench_machine(o->json, weights);
     bench_step(o, &m, &k, B, T);
