@@ -15,10 +15,12 @@
 # PRECISION=fp32 makes gpu and emu compute in float instead of bfloat16.
 
 CC = cc
-# what the compiler takes of: this machine's vector instructions, OpenMP or at least its simd part
+# what the compiler takes of: this machine's vector instructions; OpenMP (for Apple's clang that of
+# Homebrew's libomp) or at least its simd part
 try = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && echo '$(1)')
 ARCH := $(or $(call try,-march=native),$(call try,-mcpu=native))
-OPENMP := $(or $(call try,-fopenmp),$(call try,-fopenmp-simd))
+OPENMP := $(or $(call try,-fopenmp),$(foreach omp,$(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp),\
+    $(call try,-Xpreprocessor -fopenmp -I$(omp)/include -L$(omp)/lib -lomp)),$(call try,-fopenmp-simd))
 # a*b+c may become one fma; libm's errno and traps are not wanted. No -ffast-math.
 CFLAGS = -O3 $(ARCH) -ffp-contract=fast -fno-math-errno -fno-trapping-math
 WARN = -std=c11 -Wall -Wextra -Wpedantic -Wno-pass-failed
@@ -93,8 +95,10 @@ build/test_%.o: test_moe.c moe.c Makefile
 	@mkdir -p build
 	$(BUILD) $(if $(filter double,$*),-DMOE_DOUBLE) -c -o $@ test_moe.c
 
-test: moe test_moe $(if $(shell command -v $(CXX)),build/test_cuda_on_cpu verify)
-	$(if $(shell command -v $(CXX)),./build/test_cuda_on_cpu)
+# Kernels run on the CPU under Linux only.
+EMULATION := $(if $(filter Linux,$(shell uname)),$(shell command -v $(CXX)))
+test: moe test_moe $(if $(EMULATION),build/test_cuda_on_cpu verify)
+	$(if $(EMULATION),./build/test_cuda_on_cpu)
 	./test_moe
 
 PRECISION = bf16
