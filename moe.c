@@ -674,7 +674,7 @@ static inline real fast_exp(real x)
 // s_u = exp(scale (s_u - max s)) for n numbers; returns their sum.
 static accum exp_row(real *s, real *max, size_t n, real scale)
 {
-    real most = s[0];
+    real most = -INFINITY;
     accum sum = 0;
     #pragma omp simd reduction(max : most)
     for (size_t u = 0; u < n; u++) most = s[u] > most ? s[u] : most;
@@ -1633,9 +1633,10 @@ static void cross_entropy_forward(accum *loss,        // [N] -log p(target)
     #pragma omp for
     for (size_t n = 0; n < N; n++) {
         const real *z = logits + n * V;
-        real max = z[0];
-        for (size_t v = 1; v < V; v++) max = z[v] > max ? z[v] : max;
+        real max = -INFINITY;
         accum sum = 0;
+        #pragma omp simd reduction(max : max)
+        for (size_t v = 0; v < V; v++) max = z[v] > max ? z[v] : max;
         #pragma omp simd reduction(+ : sum)
         for (size_t v = 0; v < V; v++) sum += fast_exp(beta * (z[v] - max));
         lse[n] = (accum)(beta * max + log((double)sum));
@@ -6102,7 +6103,8 @@ static int command_plan(const Options *o)
 // 15  Benchmark
 
 #ifndef MOE_CUDA
-#define FORGET __asm__ volatile("" ::: "memory") // the compiler is not to see that nothing changes
+// The compiler has to think that what p points to is read here, and all memory changed.
+#define LOOK_AT(p) __asm__ volatile("" : : "r"(p) : "memory")
 
 // Multiply-adds of this machine, at best, in FLOP/s: as many sums as gemm's tile has, no memory.
 static double measure_flops(int threads)
@@ -6122,7 +6124,7 @@ static double measure_flops(int threads)
                 UNROLL for (int i = 0; i < MR; i++)
                     UNROLL for (int v = 0; v < NV; v++)
                         sum[i][v] += sum[i][v] * x;
-            FORGET;
+            LOOK_AT(sum);
             best = fmin(best, now() - begin);
         }
         for (int i = 0; i < MR * NV; i++) total += sum[i / NV][i % NV];
@@ -6150,7 +6152,7 @@ static double measure_read(size_t bytes, int threads)
                 for (size_t i = 0; i < part; i += 4 * LANES)
                     UNROLL for (size_t v = 0; v < 4; v++)
                         sum[v] += vec_load(from + i + v * LANES);
-                FORGET;
+                LOOK_AT(sum);
             }
             best = fmin(best, fmax(now() - begin, 1e-9) / (double)passes);
         }
