@@ -20,7 +20,7 @@ CC = cc
 try = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && echo '$(1)')
 ARCH := $(or $(call try,-march=native),$(call try,-mcpu=native))
 OPENMP := $(or $(call try,-fopenmp),$(foreach omp,$(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp),\
-    $(call try,-Xpreprocessor -fopenmp -I$(omp)/include -L$(omp)/lib -lomp)),$(call try,-fopenmp-simd))
+    $(call try,-Xpreprocessor -fopenmp -isystem $(omp)/include -L$(omp)/lib -lomp)),$(call try,-fopenmp-simd))
 # a*b+c may become one fma; libm's errno and traps are not wanted. No -ffast-math.
 CFLAGS = -O3 $(ARCH) -ffp-contract=fast -fno-math-errno -fno-trapping-math
 WARN = -std=c11 -Wall -Wextra -Wpedantic -Wno-pass-failed
