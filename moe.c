@@ -36,7 +36,7 @@ Papers, cited below as [V2] arXiv:2405.04434, [V3] arXiv:2412.19437, [R1] arXiv:
 Sections 5 to 16 know no device: they call operations and move memory with device_*().
 A pointer's comment gives its shape, rows first. An operation's outputs come before its inputs.
 */
-#define _DEFAULT_SOURCE // POSIX, though -std asks for C alone
+#define _DEFAULT_SOURCE 1 // POSIX, though -std asks for C alone
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
