@@ -712,16 +712,16 @@ static inline real sigmoid(real x) { return 1 / (1 + fast_exp(-x)); }
 #ifndef VBYTES // bytes in a vector register; NV of them make a row of the tile
 #if defined(__AVX512F__)
 #define VBYTES 64
-enum { MR = 14, LOW = 8, NV = 2 }; // 32 registers: 28 for the tile, 2 for b, 1 for a
+enum { MR = 14, LOW = 8, NV = 2, DOTS = 4 }; // 32 registers: 28 for the tile, 2 for b, 1 for a
 #elif defined(__AVX__)
 #define VBYTES 32
-enum { MR = 6, LOW = 4, NV = 2 }; // 16 registers
+enum { MR = 6, LOW = 4, NV = 2, DOTS = 2 }; // 16 registers
 #elif defined(__ARM_NEON)
 #define VBYTES 16
-enum { MR = 8, LOW = 4, NV = 3 }; // 32 registers
+enum { MR = 8, LOW = 4, NV = 3, DOTS = 4 }; // 32 registers
 #else
 #define VBYTES 16
-enum { MR = 6, LOW = 4, NV = 2 };
+enum { MR = 6, LOW = 4, NV = 2, DOTS = 2 };
 #endif
 #endif
 #define LANES (VBYTES / sizeof(real))
@@ -729,12 +729,21 @@ enum { MR = 6, LOW = 4, NV = 2 };
 #define KC 256
 #define NC ((size_t)384) // a multiple of NR everywhere
 #define INLINE static inline __attribute__((always_inline))
+// Both compilers keep arrays of vectors in registers only if the loops over them are unrolled; gcc
+// loads what is used twice twice, unless it is told to KEEP it.
 #ifdef __clang__
-#define UNROLL
+#define UNROLL _Pragma("clang loop unroll(full)")
 #define UNROLL_4
-#else // gcc keeps arrays of vectors in registers only if told to unroll the loops over them
+#else
 #define UNROLL _Pragma("GCC unroll 16")
 #define UNROLL_4 _Pragma("GCC unroll 4")
+#endif
+#if defined __x86_64__ && !defined __clang__
+#define KEEP(v) __asm__("" : "+v"(v))
+#elif defined __aarch64__ && !defined __clang__
+#define KEEP(v) __asm__("" : "+w"(v))
+#else
+#define KEEP(v) (void)0
 #endif
 
 #ifdef __has_builtin
@@ -960,25 +969,32 @@ static void gemm_blocked(real *c, size_t c_row, const real *a, size_t a_row, siz
 }
 
 // A few rows times a transposed matrix, as in decoding: to pack it would take longer than the
-// product. So here the vectors run along p, for two rows and four columns at once: lane l of a sum
+// product. So here the vectors run along p, for DOTS rows and four columns at once: lane l of a sum
 // takes every p with p % LANES == l; then the lanes of each block of four are added, the blocks, in
 // halves, and what is left of k. This order is not that of gemm_blocked.
-enum { FEW = 8, PAIR = 2 };
+enum { FEW = 24 };
 
 // c[rows,n] (+)= a[rows,k] b for columns b[0] .. b[3], of which the first n count.
-INLINE void gemm_pair(real *c, size_t c_row, const real *a, size_t a_row, const real *const b[4],
+INLINE void gemm_dots(real *c, size_t c_row, const real *a, size_t a_row, const real *const b[4],
                       size_t n, size_t k, int add, size_t rows)
 {
-    vec zero = {0}, acc[PAIR][4];
+    vec zero = {0}, acc[DOTS][4];
     UNROLL for (size_t i = 0; i < rows; i++)
         acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = zero;
     size_t p = 0;
-    for (; p + LANES <= k; p += LANES)
+    for (; p + LANES <= k; p += LANES) {
+        vec bp[4];
+        UNROLL for (size_t l = 0; l < 4; l++) {
+            bp[l] = vec_load(b[l] + p);
+            if (rows > 1) KEEP(bp[l]);
+        }
         UNROLL for (size_t i = 0; i < rows; i++) {
             vec ap = vec_load(a + i * a_row + p);
+            KEEP(ap);
             UNROLL for (size_t l = 0; l < 4; l++)
-                acc[i][l] += ap * vec_load(b[l] + p);
+                acc[i][l] += ap * bp[l];
         }
+    }
     UNROLL for (size_t i = 0; i < rows; i++) {
         wide lane[4];
         quad sum[QUADS];
@@ -1012,9 +1028,12 @@ static void gemm_few_rows(real *c, size_t c_row, const real *a, size_t a_row, co
             for (size_t l = 16; l < 20; l++)
                 for (size_t p = 0; p < k; p += 16) __builtin_prefetch(b + (j + l) * b_col + p);
         size_t i = 0;
-        for (; i + PAIR <= m; i += PAIR)
-            gemm_pair(c + i * c_row + j, c_row, a + i * a_row, a_row, bj, n - j, k, add, PAIR);
-        if (i < m) gemm_pair(c + i * c_row + j, c_row, a + i * a_row, a_row, bj, n - j, k, add, 1);
+#define ROWS_OF_DOTS(rows) \
+        for (; i + (rows) <= m; i += (rows)) \
+            gemm_dots(c + i * c_row + j, c_row, a + i * a_row, a_row, bj, n - j, k, add, rows);
+        ROWS_OF_DOTS(DOTS)
+        ROWS_OF_DOTS(2)
+        ROWS_OF_DOTS(1)
     }
 }
 
