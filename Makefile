@@ -49,7 +49,7 @@ add-text = --worked 0.25 --right 0.2
 add-base = --seq 128 --steps 1000
 add-asks = 347+586
 countdown-text = --lines 300000 --worked 0.11 --right 0.03 --slips 0.12
-countdown-base = --seq 384 --batch 6 --steps 2000
+countdown-base = --seq 384 --batch 6 --steps 2500
 countdown-room = --max-tokens 448
 countdown-votes = --votes 4
 countdown-asks = 4,6,7=34
