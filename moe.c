@@ -6551,8 +6551,8 @@ static void check_routing(const Model *m, Acts *a, const char *file)
     Checkpoint dump = checkpoint_list(file, shard, 1);
     char topk_name[NAME_MAX_LENGTH], f_name[NAME_MAX_LENGTH];
     size_t most = a->B * (a->T * c->K + c->E);
-    accum *host = (accum *)host_alloc(most, sizeof(accum));
-    int *topk = (int *)host_alloc(most, sizeof(int));
+    accum *host = (accum *)host_alloc(2 * most, sizeof(accum));
+    int *topk = (int *)(host + most);
     for (size_t l = 0; l < c->L + a->depths; l++) {
         size_t rows = layer_tokens(m, a, l), choice[2] = {rows, c->K}, load[2] = {a->B, c->E};
         if (!is_moe(c, l)) continue;
@@ -6570,7 +6570,6 @@ static void check_routing(const Model *m, Acts *a, const char *file)
     hold_routing = 1;
     checkpoint_close(&dump);
     free(host);
-    free(topk);
 }
 
 static int command_check(const Options *o)
