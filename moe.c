@@ -972,7 +972,7 @@ static void gemm_blocked(real *c, size_t c_row, const real *a, size_t a_row, siz
 // product. So here the vectors run along p, for DOTS rows and four columns at once: lane l of a sum
 // takes every p with p % LANES == l; then the lanes of each block of four are added, the blocks, in
 // halves, and what is left of k. This order is not that of gemm_blocked.
-enum { FEW = 24 };
+enum { FEW = 24, AHEAD = 16 }; // rows; columns that are called for before their turn
 
 // c[rows,n] (+)= a[rows,k] b for columns b[0] .. b[3], of which the first n count.
 INLINE void gemm_dots(real *c, size_t c_row, const real *a, size_t a_row, const real *const b[4],
@@ -1024,9 +1024,10 @@ static void gemm_few_rows(real *c, size_t c_row, const real *a, size_t a_row, co
     for (size_t j = 0; j < n; j += 4) {
         const real *bj[4];
         for (size_t l = 0; l < 4; l++) bj[l] = b + min_size(j + l, n - 1) * b_col;
-        if (k <= 64 && j + 20 <= n) // too short for the processor to see where the columns lead
-            for (size_t l = 16; l < 20; l++)
-                for (size_t p = 0; p < k; p += 16) __builtin_prefetch(b + (j + l) * b_col + p);
+        if (k <= 64 && j + AHEAD + 4 <= n) // too short for the processor to see where they lead
+            for (size_t l = 0; l < 4; l++)
+                for (size_t p = 0; p < k; p += 16)
+                    __builtin_prefetch(b + (j + AHEAD + l) * b_col + p);
         size_t i = 0;
 #define ROWS_OF_DOTS(rows) \
         for (; i + (rows) <= m; i += (rows)) \
@@ -6545,6 +6546,7 @@ static void check_routing(const Model *m, Acts *a, const char *file)
     const Config *c = &m->config;
     Shard *shard = (Shard *)host_alloc(1, sizeof(Shard));
     Path path;
+    NEED(is_moe(c, c->L - 1), "--routing %s: this model has no experts to choose from", file);
     NEED(snprintf(path.text, sizeof path.text, "%s", file) < (int)sizeof path.text,
          "--routing %.99s...: the path is too long", file);
     *shard = shard_open(path);
@@ -6557,10 +6559,12 @@ static void check_routing(const Model *m, Acts *a, const char *file)
         size_t rows = layer_tokens(m, a, l), choice[2] = {rows, c->K}, load[2] = {a->B, c->E};
         if (!is_moe(c, l)) continue;
         routing_names(topk_name, f_name, l);
+        NEED(checkpoint_find(&dump, topk_name), "%s: has no %s; --routing takes what check --dump "
+             "wrote for such a model", file, topk_name);
         stored_read(checkpoint_get(&dump, topk_name, choice, 2), NULL, host);
         for (size_t i = 0; i < rows * c->K; i++) {
-            NEED(is_whole((double)host[i], (double)(c->E - 1)), "%s: %s: element %zu is %g; there "
-                 "are %zu experts", file, topk_name, i, (double)host[i], c->E);
+            NEED(is_whole((double)host[i], (double)(c->E - 1)), "%s: %s: element %zu is %g; it "
+                 "must be an expert, 0 to %zu", file, topk_name, i, (double)host[i], c->E - 1);
             topk[i] = (int)host[i];
         }
         to_device(a->layer[l].topk, topk, rows * c->K * sizeof(int));

@@ -9,8 +9,8 @@ the same names and in the same order, a kernel first and what launches it under 
     make gpu PRECISION=fp32   float throughout
     make emu                  either, by the C++ compiler, on the CPU: .ci/cuda_on_cpu.h
 
-Plain matrix products are cuBLAS's; the rest is here. Neither the forward nor the backward pass waits
-for the GPU, no T x T matrix is stored, and no sum depends on which thread comes first: the same run
+Plain matrix products are cuBLAS's; the rest is here. Neither forward nor backward pass waits for
+the GPU, no T x T matrix is stored, and no sum depends on which thread comes first: the same run
 gives the same bits.
 
 At each kernel stands what it moves and computes. Bytes are of real (2 in bfloat16) unless said.

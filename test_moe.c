@@ -3633,6 +3633,14 @@ static void test_check_routing(void)
     REFUSED("has shape [14,", "check", "--model", one, "--data", excerpt, "--batch", "1", "--seq",
             "7", "--routing", of_one);
     REFUSED("none", "check", "--model", one, "--data", excerpt, "--routing", in_directory("none"));
+    REFUSED("--routing takes what check --dump wrote", "check", "--model", one, "--data", excerpt,
+            "--routing", in_path(one, "model.safetensors"));
+    c.E = 0, c.dense = c.L;
+    m = random_model(&c, 0, 63);
+    model_save(&m, in_directory("dense"));
+    model_free(&m);
+    REFUSED("no experts to choose from", "check", "--model", in_directory("dense"), "--data",
+            excerpt, "--routing", of_one);
 }
 
 // ------------------------------------------------------------------------------------------------
