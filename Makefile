@@ -8,11 +8,13 @@
 # make gpu        builds ./moe_gpu, for the GPU of this machine or for GPU_ARCH=sm_90
 # make emu        builds ./moe_emu: moe.cu by the C++ compiler, its kernels run on the CPU
 # make verify     compares moe.cu with moe.c, on the GPU or, where there is none, as make emu
+# make mpi        builds ./moe_mpi, for many machines: mpirun -np 4 ./moe_mpi train --accumulate 4 ...
 # make scaling    how time grows with the sequence, the number of experts and threads
 # make clean      removes what was built; out/, with the trained models, stays
 #
 # CC=clang, CFLAGS=... and OPENMP= (none) may be given. Results do not depend on them beyond rounding.
-# PRECISION=fp32 makes gpu and emu compute in float instead of bfloat16.
+# PRECISION=fp32 makes gpu and emu compute in float instead of bfloat16; MPI=1 makes them run on
+# many GPUs, with MPI and NCCL.
 
 CC = cc
 # what the compiler takes of: this machine's vector instructions; OpenMP (for Apple's clang that of
@@ -31,6 +33,13 @@ EXCERPT = tinyshakespeare/excerpt.txt
 
 moe: moe.c Makefile
 	$(BUILD) -o $@ moe.c -lm
+
+# The same program, whose processes train one model together.
+MPICC = mpicc
+mpi:
+	@command -v $(MPICC) >/dev/null || { echo "make mpi: there is no $(MPICC); install MPI, such as" \
+	    "MPICH or Open MPI, or say MPICC=..."; exit 1; }
+	$(MPICC) $(WARN) $(CFLAGS) $(OPENMP) -DMOE_MPI -o moe_mpi moe.c -lm
 
 # What is seen often is learnt by heart unless the weights decay.
 STEPS = 4000
@@ -109,6 +118,7 @@ CUDA = $(NVCC) -std=c++17 -O3 -arch=$(GPU_ARCH) -Xcompiler "$(filter -fopenmp,$(
     -diag-suppress 177,550
 EMULATE = $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas
 FLOAT = $(if $(filter fp32,$(PRECISION)),-DMOE_FP32)
+MPICXX = mpicxx
 
 gpu:
 	@test -n "$(NVCC)" || { echo "make gpu: there is no nvcc; the CUDA Toolkit 12 or 13 has it" \
@@ -119,10 +129,12 @@ gpu:
 	    "$(NVCC) finds no cublas_v2.h; install cuBLAS's development files"; exit 1; }
 	@case $(PRECISION):$(GPU_ARCH) in bf16:sm_[0-7]?) echo "make gpu: $(GPU_ARCH) has no bfloat16" \
 	    "tensor cores; PRECISION=fp32 does without"; exit 1;; esac
-	$(CUDA) $(FLOAT) -o moe_gpu moe.cu -lcublas
+	$(CUDA) $(FLOAT) $(if $(MPI),-ccbin $(MPICXX) -DMOE_MPI) -o moe_gpu moe.cu -lcublas \
+	    $(if $(MPI),-lnccl)
 
 emu:
-	$(EMULATE) $(FLOAT) -x c++ -o moe_emu moe.cu -lm
+	$(if $(MPI),$(EMULATE:$(CXX)%=$(MPICXX)%) -DMOE_MPI,$(EMULATE)) $(FLOAT) -x c++ -o moe_emu \
+	    moe.cu -lm
 
 # The same tests on both sides, each compiled with its operations.
 ON_GPU := $(and $(NVCC),$(GPU_ARCH))
@@ -150,6 +162,6 @@ scaling: moe
 	@.ci/scaling
 
 clean:
-	rm -rf build moe test_moe moe_gpu moe_emu
+	rm -rf build moe test_moe moe_gpu moe_emu moe_mpi
 
-.PHONY: run best r1 test gpu emu verify scaling clean
+.PHONY: run best r1 test mpi gpu emu verify scaling clean

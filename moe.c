@@ -8,7 +8,7 @@ Papers, cited below as [V2] arXiv:2405.04434, [V3] arXiv:2412.19437, [R1] arXiv:
 [YaRN] arXiv:2309.00071, [Muon] Jordan 2024 and Moonlight arXiv:2502.16982.
 
     section                    what                                               equations
-     1  Numbers and helpers    types, errors, memory, random numbers
+     1  Numbers and helpers    types, errors, memory, random numbers, processes
      2  Configuration          sizes, presets                                     [V3] 4.2
      3  Parameters             the one table of all weights
      4  Operations             each backward under its forward
@@ -58,6 +58,11 @@ A pointer's comment gives its shape, rows first. An operation's outputs come bef
 #elif defined __GNUC__
 #pragma GCC diagnostic ignored "-Wunknown-pragmas" // without OpenMP its pragmas mean nothing
 #endif
+#ifdef MOE_MPI
+#define MPICH_SKIP_MPICXX // C's functions only
+#define OMPI_SKIP_MPICXX
+#include <mpi.h>
+#endif
 
 // ------------------------------------------------------------------------------------------------
 // 1  Numbers and helpers
@@ -86,6 +91,9 @@ typedef float accum;
 #define MOE_EXIT exit
 #endif
 
+// The processes of a run, of which `make mpi` lets there be several, and which of them this is.
+static int ranks = 1, rank = 0;
+
 // Ends the program with one line, whatever control characters stand in a file's names.
 #if defined __GNUC__
 __attribute__((noreturn, format(printf, 2, 3)))
@@ -100,7 +108,14 @@ static void die(int status, const char *format, ...)
     for (char *s = text; *s; s++)
         if (iscntrl((unsigned char)*s)) *s = '?';
     fflush(stdout);
+    if (rank > 0) sleep(2); // where all fail alike, the first says so and ends all
     fprintf(stderr, "moe: %s\n", text);
+#ifdef MOE_MPI
+    if (ranks > 1) { // the others would wait for this one
+        sleep(1);    // and mpirun takes a while to pass on what was said
+        MPI_Abort(MPI_COMM_WORLD, status);
+    }
+#endif
     MOE_EXIT(status);
 }
 
@@ -190,6 +205,55 @@ static int thread_number(void) // in its team
     return 0;
 #endif
 }
+
+// Several processes, on one machine or many, train one model: each takes its share of a step's
+// batches, the gradients are added up over all, and so all take the same step (data parallel).
+// Only the first writes.
+#ifdef MOE_MPI
+static int local_rank; // among those of this machine
+
+static void ranks_start(int *argc, char ***argv)
+{
+    MPI_Comm here;
+    int local_ranks;
+    MPI_Init(argc, argv);
+    MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
+    MPI_Comm_size(here, &local_ranks);
+    MPI_Comm_rank(here, &local_rank);
+    MPI_Comm_free(&here);
+    int shared = getenv("OMP_NUM_THREADS") || thread_count() < sysconf(_SC_NPROCESSORS_ONLN);
+    if (!shared) use_threads(ceil_div((size_t)thread_count(), (size_t)local_ranks));
+    if (rank > 0 && !freopen("/dev/null", "w", stdout)) die(FAILED, "/dev/null: cannot open");
+}
+
+static void ranks_end(void)
+{
+    MPI_Barrier(MPI_COMM_WORLD); // mpirun ends all when one has ended with an error
+    MPI_Finalize();
+}
+
+// x[0 .. n) of host memory becomes its sum or maximum over all processes.
+static void ranks_reduce(void *x, size_t n, MPI_Datatype type, MPI_Op op)
+{
+    int size;
+    MPI_Type_size(type, &size);
+    for (size_t at = 0, piece; at < n; at += piece) { // MPI counts in ints
+        piece = min_size(n - at, 1 << 28);
+        MPI_Allreduce(MPI_IN_PLACE, (char *)x + at * (size_t)size, (int)piece, type, op,
+                      MPI_COMM_WORLD);
+    }
+}
+
+static void ranks_sum(double *x, size_t n) { ranks_reduce(x, n, MPI_DOUBLE, MPI_SUM); }
+static void ranks_max(double *x, size_t n) { ranks_reduce(x, n, MPI_DOUBLE, MPI_MAX); }
+#else
+static void ranks_start(int *argc, char ***argv) { (void)argc, (void)argv; }
+static void ranks_end(void) {}
+static void ranks_sum(double *x, size_t n) { (void)x, (void)n; }
+static void ranks_max(double *x, size_t n) { (void)x, (void)n; }
+#endif
 
 // ------------------------------------------------------------------------------------------------
 // 2  Configuration
@@ -2053,8 +2117,8 @@ static void acts_free(Acts *a)
     free(a->batch);
 }
 
-// Fewer sequences, or shorter ones, in the memory of acts_make's.
-static void acts_shrink(Acts *a, const Config *c, size_t B, size_t T)
+// No more tokens than acts_make was asked for, in its memory: so many sequences, so long.
+static void acts_reshape(Acts *a, const Config *c, size_t B, size_t T)
 {
     a->B = B;
     a->T = T;
@@ -2445,6 +2509,15 @@ static double sum_squares(const accum *x, size_t n)
     return sum;
 }
 
+// x, or load, becomes its sum over all processes of the run.
+#ifdef MOE_MPI
+static void all_reduce(accum *x, size_t n)
+{
+    ranks_reduce(x, n, sizeof(accum) == sizeof(double) ? MPI_DOUBLE : MPI_FLOAT, MPI_SUM);
+}
+static void all_reduce_load(int *load, size_t n) { ranks_reduce(load, n, MPI_INT, MPI_SUM); }
+#endif
+
 // One step of AdamW on the spans of the weights; step counts from 1, the gradient is taken times
 // g_scale.
 //     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
@@ -2643,6 +2716,17 @@ static void optimizer_count_load(Optimizer *o, const Model *m, const Acts *a)
     for (size_t l = 0; l < m->config.L + a->depths; l++)
         if (is_moe(&m->config, l))
             count_load(o->load + l * m->config.E, a->layer[l].offsets, m->config.E);
+}
+
+// Adds up what the processes of a run found: gradients and, for the routers' biases, loads.
+static void optimizer_gather(Optimizer *o, Model *m)
+{
+#ifdef MOE_MPI
+    all_reduce(m->grads, m->layout.elements);
+    all_reduce_load(o->load, layers(&m->config) * m->config.E);
+#else
+    (void)o, (void)m;
+#endif
 }
 
 // Forgets the gradients and loads of a step that is not to be taken.
@@ -3078,8 +3162,9 @@ static GrpoSums grpo_loss(accum *dce,        // [T]
     return s;
 }
 
-// Adds the gradient of the mean of grpo_loss over answers order[0 .. n) of r to the model's, as
-// many at a time as `room` tokens hold; equally long ones should stand together. ref may be NULL.
+// Adds the gradient of the mean of grpo_loss over answers order[0 .. n) of r, and as many in every
+// other process, to the model's, as many at a time as `room` tokens hold; equally long ones should
+// stand together. ref may be NULL. Returns the sums over the answers of this process.
 static GrpoSums grpo_backward(Model *m, const Model *ref, Acts *a, size_t room, const Rollout *r,
                               const size_t *order, size_t n, const double *A, // [r->n]
                               const Grpo *g)
@@ -3097,7 +3182,7 @@ static GrpoSums grpo_backward(Model *m, const Model *ref, Acts *a, size_t room, 
             if ((longest - 1) * (B + 1) > room) break;
             T = longest - 1;
         }
-        acts_shrink(a, c, B, T);
+        acts_reshape(a, c, B, T);
         memset(rows, 0, B * (T + 1) * sizeof(int)); // what follows an answer weighs nothing
         memset(weight, 0, B * T * sizeof(accum));
         for (size_t b = 0; b < B; b++) {
@@ -3117,7 +3202,7 @@ static GrpoSums grpo_backward(Model *m, const Model *ref, Acts *a, size_t room, 
             size_t answer = r->length[i] - prompt;
             GrpoSums s = grpo_loss(weight + first, ce + first, r->logp + i * r->most + prompt,
                                    ref ? ref_logp + first : NULL, answer, A[i], g);
-            for (size_t t = 0; t < answer; t++) weight[first + t] /= (accum)n;
+            for (size_t t = 0; t < answer; t++) weight[first + t] /= (accum)(n * (size_t)ranks);
             sums.loss += s.loss, sums.kl += s.kl, sums.clipped += s.clipped;
         }
         acts_weigh(a, weight);
@@ -4562,6 +4647,8 @@ enum {
     X(RUN, Number, adam_lr, "adam-lr", "0.02", "X", "beside muon, AdamW's peak learning rate") \
     X(RUN, Count, warmup, "warmup", "20", "N", "steps of linear warm-up") \
     X(RUN, Number, hold, "hold", "0", "X", "share of the steps at the peak; V3: 0.68") \
+    X(RUN, Number, seq_warmup, "seq-warmup", "0", "X", \
+      "share of the steps in which sequences grow to --seq, from an eighth of it; so many more") \
     X(RUN, Number, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at") \
     X(RUN | RL | CHECK, Number, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
     X(RUN | RL | CHECK, Number, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
@@ -4707,14 +4794,15 @@ static double share_weights(accum *weight, size_t n)
 // of T tokens, of which each sees what stands before it in its window. The last may be shorter.
 static double text_loss(const Model *m, const char *bytes, size_t n, size_t T, int answers_only)
 {
-    size_t tokens = n - 1, most = EVAL_ROWS(T);
+    size_t tokens = n - 1, most = EVAL_ROWS(T), t, B, turn = 0;
     int *rows = (int *)host_alloc(most * (T + 1), sizeof(int));
     accum *weight = (accum *)host_alloc(most * T, sizeof(accum));
-    double sum = 0, counted = 0;
+    double sums[2] = {0, 0}; // of losses, of tokens
     Acts a;
     memset(&a, 0, sizeof a);
-    for (size_t at = 0; at < tokens; at += a.B * a.T) {
-        size_t t = min_size(T, tokens - at), B = min_size(most, (tokens - at) / t);
+    for (size_t at = 0; at < tokens; at += B * t) {
+        t = min_size(T, tokens - at), B = min_size(most, (tokens - at) / t);
+        if (turn++ % (size_t)ranks != (size_t)rank) continue;
         if (a.B != B || a.T != t) {
             acts_free(&a);
             a = acts_make(&m->config, B, t, 0);
@@ -4729,13 +4817,14 @@ static double text_loss(const Model *m, const char *bytes, size_t n, size_t T, i
             acts_weigh(&a, weight);
         }
         model_forward(m, &a);
-        sum += model_losses(m, &a).main * count;
-        counted += count;
+        sums[0] += model_losses(m, &a).main * count;
+        sums[1] += count;
     }
     free(rows);
     free(weight);
     acts_free(&a);
-    return counted > 0 ? sum / counted : 0;
+    ranks_sum(sums, 2);
+    return sums[1] > 0 ? sums[0] / sums[1] : 0;
 }
 
 // Learning rate of a step, as a share of the peak: linear warm-up, the peak held, a cosine down.
@@ -4858,7 +4947,7 @@ typedef struct {
     Data text;
     size_t n_train, n_val; // bytes of it that train, and that validate
     size_t B, T;
-    int *tokens;           // [B, T + 1]
+    int *tokens;           // [B, T + 1], or 8 B shorter ones
     size_t step;           // steps done
     size_t saved;          // step of the last save, 0: none
     size_t bad;            // updates in a row that were not finite
@@ -4879,7 +4968,11 @@ static Run run_make(const Options *o, const Config *c)
     r.val_loss = r.train_loss = NAN;
     r.start = now();
     NEED(o->steps && r.B && o->accumulate, "--steps, --batch and --accumulate must be at least 1");
+    NEED(o->accumulate % (size_t)ranks == 0, "--accumulate is %zu; the %d processes share out a "
+         "step's batches, so it must be a multiple of that", o->accumulate, ranks);
     is_muon(o->optimizer);
+    NEED(o->seq_warmup == 0 || (r.T % 8 == 0 && r.T / 8 > c->D), "--seq-warmup begins with an "
+         "eighth of --seq, %zu, which must be whole and more than %zu", r.T, c->D);
     NEED(is_utf8(o->data), "--data %s: a name that is not UTF-8 cannot be saved", o->data);
     NEED(o->val_share < 1, "--val-share is %g; it must be below 1", o->val_share);
     r.n_train = (size_t)((double)r.text.n * (1 - o->val_share));
@@ -4906,10 +4999,17 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
 {
     size_t elements = m->layout.elements;
     Path path = path_join(o->out, state_name);
-    if (!isfinite(sum_squares(m->master, elements) + sum_squares(opt->m, elements) +
-                  sum_squares(opt->v, elements)))
+    double sum = sum_squares(m->master, elements) + sum_squares(opt->m, elements) +
+                 sum_squares(opt->v, elements), most[2] = {sum, -sum};
+    if (!isfinite(sum))
         die(FAILED, "step %zu: the weights are no longer finite; %s still has step %zu; try a "
             "smaller --lr", r->step, o->out, r->saved);
+    ranks_max(most, 2);
+    if (most[0] != -most[1])
+        die(FAILED, "step %zu: the weights are not the same in all processes; use machines that "
+            "compute alike; %s still has step %zu", r->step, o->out, r->saved);
+    r->saved = r->step;
+    if (rank > 0) return;
     if (fflush(log) || fsync(fileno(log)))
         die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
     model_save(m, o->out);
@@ -4931,7 +5031,6 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
     end = entries_add(end, &m->layout, "v.", opt->v);
     if (ref) end = entries_add(end, &m->layout, "ref.", ref->master);
     safetensors_close(&out, entry, (size_t)(end - entry));
-    r->saved = r->step;
     free(entry);
 }
 
@@ -4991,6 +5090,7 @@ static FILE *log_open(const Run *r, const Options *o, const char *head)
     Path path = path_join(o->out, "log.csv");
     size_t size, rows = 0;
     char *old = NULL, *end = NULL;
+    if (rank > 0) return fopen("/dev/null", "w");
     if (r->step > 0) {
         end = old = read_file(path_join(o->resume, "log.csv").text, &size, SIZE_MAX - 1);
         while (rows <= r->step && (end = strchr(end, '\n'))) end++, rows++;
@@ -5019,23 +5119,35 @@ static void catch_signals(void)
          "cannot catch signals: %s", strerror(errno));
 }
 
-// Adds the gradients of a step's batches to the model's; returns their mean losses.
+// Sequence length warm-up (arXiv:2108.06084): how often sequences are still to be doubled, and
+// their number halved. What stands near is learnt first, from more places of the text at once.
+static int doublings_left(const Options *o, size_t step)
+{
+    double x = (double)step / (o->seq_warmup * (double)o->steps);
+    return x < 1 ? 3 - (int)(3 * x) : 0;
+}
+
+// Adds the gradients of a step's batches to the model's, those of the other processes too; returns
+// their mean losses.
 static Losses run_batches(Run *r, const Options *o, Model *m, Acts *a, Optimizer *opt)
 {
     Losses mean = {0, 0, 0, 0};
     double share = 1 / (double)o->accumulate;
-    accum *weight = (accum *)host_alloc(r->B * r->T, sizeof(accum));
-    for (size_t k = 0; k < o->accumulate; k++) {
-        for (size_t b = 0; b < r->B; b++) {
-            size_t i = (r->step * o->accumulate + k) * r->B + b;
-            size_t at = window_start(o->seed, i, r->n_train, r->T);
-            if (o->answers_only) at = line_start(r->text.bytes, at, r->n_train - r->T);
-            tokens_copy(r->tokens + b * (r->T + 1), r->text.bytes + at, r->T + 1);
-            if (o->answers_only) find_answers(weight + b * r->T, r->text.bytes, at + 1, r->T);
+    int doublings = doublings_left(o, r->step);
+    size_t B = r->B << doublings, T = r->T >> doublings;
+    accum *weight = (accum *)host_alloc(B * T, sizeof(accum));
+    if (a->T != T) acts_reshape(a, &m->config, B, T);
+    for (size_t k = (size_t)rank; k < o->accumulate; k += (size_t)ranks) {
+        for (size_t b = 0; b < B; b++) {
+            size_t i = (r->step * o->accumulate + k) * B + b;
+            size_t at = window_start(o->seed, i, r->n_train, T);
+            if (o->answers_only) at = line_start(r->text.bytes, at, r->n_train - T);
+            tokens_copy(r->tokens + b * (T + 1), r->text.bytes + at, T + 1);
+            if (o->answers_only) find_answers(weight + b * T, r->text.bytes, at + 1, T);
         }
         acts_load(a, r->tokens);
         if (o->answers_only) {
-            share_weights(weight, r->B * r->T);
+            share_weights(weight, B * T);
             acts_weigh(a, weight);
         }
         model_forward(m, a);
@@ -5048,7 +5160,15 @@ static Losses run_batches(Run *r, const Options *o, Model *m, Acts *a, Optimizer
         mean.balance += share * s.balance;
     }
     free(weight);
+    optimizer_gather(opt, m);
+    ranks_sum(&mean.total, 4);
     return mean;
+}
+
+static void print_processors(void)
+{
+    if (ranks > 1) printf("%d processes of ", ranks);
+    printf("%d threads\n", thread_count());
 }
 
 static void print_duration(double s)
@@ -5080,6 +5200,7 @@ static void run_print(const Run *r, const Options *o, const Losses *s, double lo
 static void prepare_directory(const Options *o, const Config *c)
 {
     Path path = path_join(o->out, "config.json");
+    if (rank > 0) return;
     make_directory(o->out);
     Config old = access(path.text, F_OK) ? *c : config_load(path.text);
     NEED(!memcmp(&old, c, sizeof old),
@@ -5098,6 +5219,9 @@ static void run_count_bad(Run *r, const Options *o, size_t bad)
 
 static int run_stops(const Run *r, const Options *o)
 {
+    double told = stop_signal;
+    ranks_max(&told, 1); // it may have reached one process only
+    if (told > 0) stop_signal = (sig_atomic_t)told;
     return r->step == o->steps || stop_signal || (o->stop_after && r->step >= o->stop_after);
 }
 
@@ -5120,7 +5244,7 @@ static int command_train(const Options *o)
     const Config *c = &config;
     Run r = run_make(o, c);
     const char *memory = memory_plan(c, 1, r.B, r.T, 0);
-    r.tokens = (int *)host_alloc(r.B * (r.T + 1), sizeof(int));
+    r.tokens = (int *)host_alloc(r.B * (r.T + 8), sizeof(int));
     prepare_directory(o, c);
     Model m = *o->resume ? model_make(c, 1) : model_from_options(o, c, 1);
     Optimizer opt = optimizer_make(&m);
@@ -5130,8 +5254,9 @@ static int command_train(const Options *o)
     int muon = is_muon(o->optimizer), stop = 0;
     catch_signals();
     printf("memory: %s\n%zu parameters, %zu layers, %zu of %zu experts a token; %zu x %zu tokens a "
-           "step, %s, %d threads\n", memory, parameters(&m.layout), c->L, c->K, c->E,
-           r.B * o->accumulate, r.T, o->optimizer, thread_count());
+           "step, %s, ", memory, parameters(&m.layout), c->L, c->K, c->E, r.B * o->accumulate, r.T,
+           o->optimizer);
+    print_processors();
     fflush(stdout);
     while (!stop) {
         double share = schedule(o, r.step), rate = o->lr * share;
@@ -5236,6 +5361,7 @@ static Source source_open(const Options *o)
     Source s = {0, 0, 0, o->seed, NULL, NULL, -1, (int)(1000 * min_size(o->patience, 1000000))};
     while (s.task < TASKS && strcmp(o->task, task_names[s.task])) s.task++;
     int own = *o->task_cmd || *o->verify_cmd;
+    NEED(!own || ranks == 1, "--task-cmd and --verify-cmd serve one process, not %d", ranks);
     NEED(own || s.task < TASKS, "--task is '%s'; it must be " TASK_NAMES, o->task);
     NEED(!own || (*o->task_cmd && *o->verify_cmd),
          "--task-cmd and --verify-cmd belong together: one asks, the other judges");
@@ -5416,17 +5542,28 @@ static const char *exam_sit(Exam *e, const Sampler *sampler, int testing, size_t
     return NULL;
 }
 
+// What went wrong here or in another process; NULL: nothing.
+static const char *ranks_error(const char *error)
+{
+    double failed = error != NULL;
+    ranks_max(&failed, 1);
+    return error ? error : failed > 0 ? "a question of another process is too long; use a larger "
+                          "--max-prompt" : NULL;
+}
+
 // Accuracy on n test questions, answered greedily.
 static double test_accuracy(Exam *e, size_t n, const char **error)
 {
     Sampler likeliest = {0, 0, 1, 0, 0};
     size_t room = e->decoder.slots;
     double sum = 0;
-    for (size_t at = 0; at < n && !*error; at += room) {
+    for (size_t at = (size_t)rank * room; at < n && !*error; at += (size_t)ranks * room) {
         size_t k = min_size(room, n - at);
         *error = exam_sit(e, &likeliest, 1, at, k, 1);
         for (size_t i = 0; i < k; i++) sum += e->reward[i].accuracy / (double)n;
     }
+    ranks_sum(&sum, 1);
+    *error = ranks_error(*error);
     return sum;
 }
 
@@ -5440,10 +5577,10 @@ static int compare_lengths(const void *x, const void *y)
 }
 
 typedef struct {
-    double reward, accuracy, format, length, entropy, flat; // flat: share of groups all alike
+    double accuracy, format, entropy, flat, tokens; // flat: share of groups all alike
     GrpoSums sums;
-    double norm, draw_seconds, update_seconds;
-    size_t tokens, bad; // bad: updates that were not finite
+    double reward, length, norm, draw_seconds, update_seconds;
+    size_t bad; // updates that were not finite
 } RlStep;
 
 // One step of GRPO: the answers in e, in o->minibatches parts, o->epochs times.
@@ -5452,24 +5589,26 @@ static RlStep rl_update(Exam *e, const Options *o, Model *m, const Model *ref, A
 {
     RlStep s;
     Rollout *r = &e->roll;
-    size_t n = r->n, G = o->group;
+    size_t n = r->n, all = n * (size_t)ranks, G = o->group; // all: of all processes
     double start = now(), *total = (double *)host_alloc(2 * n, sizeof(double)), *A = total + n;
     size_t *order = (size_t *)host_alloc(n, sizeof(size_t));
     Grpo g = {o->rl_clip, o->kl};
     memset(&s, 0, sizeof s);
-    s.entropy = r->entropy, s.tokens = r->drawn, s.length = (double)r->drawn / (double)n;
-    s.draw_seconds = e->seconds;
+    s.tokens = (double)r->drawn, s.entropy = r->entropy * s.tokens, s.draw_seconds = e->seconds;
     for (size_t i = 0; i < n; i++) {
         total[i] = e->reward[i].accuracy + e->reward[i].format;
-        s.accuracy += e->reward[i].accuracy / (double)n;
-        s.format += e->reward[i].format / (double)n;
+        s.accuracy += e->reward[i].accuracy / (double)all;
+        s.format += e->reward[i].format / (double)all;
     }
-    s.reward = s.accuracy + s.format;
     for (size_t i = 0; i < n; i += G)
-        s.flat += group_advantages(A + i, total + i, G) > 1e-9 ? 0 : (double)G / (double)n;
+        s.flat += group_advantages(A + i, total + i, G) > 1e-9 ? 0 : (double)G / (double)all;
+    ranks_sum(&s.accuracy, 5);
+    s.reward = s.accuracy + s.format;
+    s.entropy /= s.tokens, s.length = s.tokens / (double)all;
     for (size_t epoch = 0; epoch < o->epochs; epoch++) {
         for (size_t i = 0; i < n; i++) { // in random order
-            size_t k = (size_t)random_u64(o->seed, 30 + epoch, step * n + i) % (i + 1);
+            uint64_t at = (step * (size_t)ranks + (size_t)rank) * n + i;
+            size_t k = (size_t)random_u64(o->seed, 30 + epoch, at) % (i + 1);
             order[i] = order[k];
             order[k] = i;
         }
@@ -5478,7 +5617,9 @@ static RlStep rl_update(Exam *e, const Options *o, Model *m, const Model *ref, A
             order_by_length = r->length;
             qsort(order + begin, end - begin, sizeof *order, compare_lengths);
             GrpoSums sums = grpo_backward(m, ref, a, room, r, order + begin, end - begin, A, &g);
-            double share = 1 / (double)(n * o->epochs), norm = grad_norm(m);
+            optimizer_gather(opt, m);
+            ranks_sum(&sums.loss, 3);
+            double share = 1 / (double)(all * o->epochs), norm = grad_norm(m);
             s.sums.loss += share * sums.loss;
             s.sums.kl += share * sums.kl;
             s.sums.clipped += share * sums.clipped;
@@ -5650,8 +5791,8 @@ static void rl_warn(const RlStep *s)
 // A row of log.csv and a line for the reader.
 static void rl_report(const Run *r, const Options *o, const RlStep *s, int tested, FILE *log)
 {
-    double drawn = (double)s->tokens / s->draw_seconds, seconds = now() - r->start;
-    double learnt = (double)s->tokens / s->update_seconds;
+    double drawn = s->tokens / s->draw_seconds, learnt = s->tokens / s->update_seconds;
+    double seconds = now() - r->start;
     fprintf(log, "%zu,%.4f,%.4f,%.4f,%.2f,%.4f,%.5f,%.4f,%.4f,%.4f,", r->step, s->reward,
             s->accuracy, s->format, s->length, s->entropy, s->sums.kl, s->sums.clipped, s->flat,
             s->norm);
@@ -5692,9 +5833,12 @@ static void rl_check(const Options *o, size_t answers)
 {
     NEED(answers && o->group > 1 && o->steps,
          "--questions and --steps must be at least 1, --group 2");
+    NEED(o->questions % (size_t)ranks == 0, "--questions is %zu; the %d processes share them out, "
+         "so it must be a multiple of that", o->questions, ranks);
+    NEED(ranks == 1 || !o->collect, "--collect takes one process, not %d", ranks);
     NEED(o->minibatches && o->minibatches <= answers && o->epochs,
          "--minibatches and --epochs must be at least 1, --minibatches at most %zu, the answers of "
-         "a step", answers);
+         "a step in a process", answers);
     NEED(o->rl_temperature > 0, "--temperature must be above 0: answers that are all alike teach "
          "nothing");
 }
@@ -5715,7 +5859,8 @@ static int command_rl(const Options *given)
     Config config = directory_config(o->model);
     const Config *c = &config;
     Source source = source_open(o);
-    size_t n = size_mul(o->questions, o->group), most = exam_length(o, c);
+    size_t questions = o->questions / (size_t)ranks; // of this process
+    size_t n = size_mul(questions, o->group), most = exam_length(o, c);
     int muon = is_muon(o->rl_optimizer);
     rl_check(o, n);
     Run r;
@@ -5746,14 +5891,17 @@ static int command_rl(const Options *given)
     const char *error = NULL;
     int stop = 0;
     catch_signals();
-    printf("memory: %s\n%zu questions x %zu answers a step, up to %zu tokens each, %d threads\n",
-           memory, o->questions, o->group, o->max_tokens, thread_count());
+    printf("memory: %s\n%zu questions x %zu answers a step, up to %zu tokens each, ", memory,
+           o->questions, o->group, o->max_tokens);
+    print_processors();
     if (!r.step) r.val_loss = test_accuracy(&e, o->test, &error);
     printf("test accuracy %.1f%%\n", 100 * r.val_loss);
     r.start = now();
     while (!stop && !error) {
-        Sampler sampler = {o->rl_temperature, 0, 1, o->seed, (r.step + 1) * n};
-        error = exam_sit(&e, &sampler, 0, r.step * o->questions, o->questions, o->group);
+        size_t first = r.step * o->questions + (size_t)rank * questions; // of its questions
+        Sampler sampler = {o->rl_temperature, 0, 1, o->seed, o->questions * o->group +
+                           first * o->group};
+        error = ranks_error(exam_sit(&e, &sampler, 0, first, questions, o->group));
         if (error) break;
         RlStep s = rl_update(&e, o, &m, ref, &a, B * (most - 1), &opt, &recipe, r.step);
         r.step++;
@@ -5775,7 +5923,7 @@ static int command_rl(const Options *given)
             r.step ? o->out : "");
     }
     fflush(log);
-    if (r.step > r.first_step) rl_plot(o->out);
+    if (r.step > r.first_step && rank == 0) rl_plot(o->out);
     int status = run_end(&r, o, log);
     exam_free(&e);
     optimizer_free(&opt);
@@ -6667,6 +6815,7 @@ static Options parse_options(const Command *command, int argc, char **argv)
         int words = 0;
         if (!strcmp(is, "--help")) {
             print_help(command);
+            ranks_end();
             exit(0);
         }
 #define PARSE(commands, type, field, name, standard, takes, ...) \
@@ -6686,17 +6835,22 @@ static Options parse_options(const Command *command, int argc, char **argv)
 int main(int argc, char **argv)
 {
     signal(SIGXFSZ, SIG_IGN); // a file-size limit is then an error that a write returns
+    ranks_start(&argc, &argv);
     if (argc < 2 || !strcmp(argv[1], "--help") || !strcmp(argv[1], "help")) {
         print_help(NULL);
+        ranks_end();
         return argc < 2 ? BAD_INPUT : 0;
     }
     for (size_t i = 0; i < COMMANDS; i++)
         if (!strcmp(argv[1], commands[i].name)) {
             Options o = parse_options(&commands[i], argc, argv);
+            NEED(ranks == 1 || commands[i].bit & (TRAIN | RL), "moe %s takes one process, not %d; "
+                 "start it without mpirun", commands[i].name, ranks);
             use_threads(o.threads);
             int status = commands[i].run(&o);
             if (fflush(stdout) || ferror(stdout))
                 die(FAILED, "standard output: cannot write: %s", strerror(errno));
+            ranks_end();
             return status;
         }
     die(BAD_INPUT, "unknown command %s; moe --help lists them", argv[1]);

@@ -24,6 +24,9 @@ At each kernel stands what it moves and computes. Bytes are of real (2 in bfloat
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef MOE_MPI
+#include <nccl.h>
+#endif
 #else
 #include ".ci/cuda_on_cpu.h"
 #endif
@@ -33,9 +36,10 @@ At each kernel stands what it moves and computes. Bytes are of real (2 in bfloat
 // The GPU's compute capability, as nvcc's -arch has it: 90 for sm_90.
 static int gpu_arch(void)
 {
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     return 10 * major + minor;
 }
 
@@ -144,6 +148,28 @@ template <int N> __device__ static void cp_async_wait(void)
 
 static cublasHandle_t cublas;
 
+#ifdef MOE_MPI
+static ncclComm_t nccl;
+
+static void nccl_check(ncclResult_t status, const char *call)
+{
+    if (status != ncclSuccess) die(FAILED, "%.40s: %s", call, ncclGetErrorString(status));
+}
+#define NCCL(call) nccl_check(call, #call)
+
+// Gives each process of a machine a GPU of its own, and tells NCCL of all of them.
+static void nccl_start(int devices)
+{
+    ncclUniqueId id;
+    if (local_rank >= devices)
+        die(FAILED, "more processes than GPUs on this machine, which has %d", devices);
+    CUDA(cudaSetDevice(local_rank));
+    if (rank == 0) NCCL(ncclGetUniqueId(&id));
+    MPI_Bcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
+    NCCL(ncclCommInitRank(&nccl, ranks, id, rank));
+}
+#endif
+
 __global__ void probe_kernel(int) {}
 
 // Finds the GPU, once, and whether it runs what is here.
@@ -152,6 +178,9 @@ static void device_start(void)
     int devices = 0;
     if (cublas) return;
     CUDA(cudaGetDeviceCount(&devices));
+#ifdef MOE_MPI
+    nccl_start(devices);
+#endif
     if (sizeof(real) < sizeof(accum) && gpu_arch() < 80)
         die(FAILED, "this GPU, sm_%d, has no bfloat16 tensor cores; make gpu PRECISION=fp32 does "
             "without", gpu_arch());
@@ -1977,6 +2006,18 @@ static double sum_squares(const accum *x, size_t n)
     for (size_t b = 0; b < blocks; b++) sum += host[b];
     return sum;
 }
+
+// x, or load, becomes its sum over all processes of the run.
+#ifdef MOE_MPI
+static void all_reduce(accum *x, size_t n)
+{
+    NCCL(ncclAllReduce(x, x, n, ncclFloat, ncclSum, nccl, 0));
+}
+static void all_reduce_load(int *load, size_t n)
+{
+    NCCL(ncclAllReduce(load, load, n, ncclInt, ncclSum, nccl, 0));
+}
+#endif
 
 // One step of AdamW on the spans of the weights; step counts from 1, the gradient is taken times
 // g_scale.

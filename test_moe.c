@@ -3710,6 +3710,45 @@ static void test_resume_is_exact(void)
     }
 }
 
+// The first row of a run's log.csv, from the loss on.
+static const char *first_row(const char *run)
+{
+    size_t n;
+    char *row = strstr(file_text(in_path(run, "log.csv"), &n), "\n1,");
+    return row ? row + 1 : label("%s: no step 1", run);
+}
+
+// Sequences that grow begin as so many short ones would, and a run with them resumes exactly.
+static void test_seq_warmup(void)
+{
+    Config c = trainable_config(); // of 24 tokens
+    char *config = in_directory("config.json"), *out[3];
+    Options o;
+    memset(&o, 0, sizeof o);
+    o.steps = 12, o.seq_warmup = 0.5;
+    for (size_t step = 0; step < 12; step++)
+        EXPECT(doublings_left(&o, step) == (step < 6 ? 3 - (int)step / 2 : 0), "step %zu: %d", step,
+               doublings_left(&o, step));
+    o.seq_warmup = 0;
+    EXPECT(doublings_left(&o, 0) == 0, "without: %d", doublings_left(&o, 0));
+    config_save(&c, directory);
+    for (int i = 0; i < 3; i++) { // in one go; with a break; short ones only
+        out[i] = in_directory(label("grown-%d", i));
+        expect_success(ARGS("train", "--config", config, "--data", excerpt, "--out", out[i],
+                            "--steps", "12", "--batch", i < 2 ? "2" : "16", "--seq",
+                            i < 2 ? "24" : "3", "--seq-warmup", i < 2 ? "0.5" : "0", "--tokens",
+                            "0", "--val-every", "0", "--stop-after", i == 1 ? "3" : "0"));
+    }
+    EXPECT(!strncmp(first_row(out[0]), first_row(out[2]), 11), "the first step's loss is %.11s, "
+           "that of short sequences %.11s", first_row(out[0]), first_row(out[2]));
+    expect_success(ARGS("train", "--resume", out[1]));
+    expect_same_runs(out[0], out[1]);
+    expect_error(2, "an eighth of --seq", ARGS("train", "--config", config, "--data", excerpt,
+                                               "--seq", "20", "--seq-warmup", "0.5"));
+    expect_error(2, "an eighth of --seq", ARGS("train", "--config", config, "--data", excerpt,
+                                               "--seq", "8", "--seq-warmup", "0.5"));
+}
+
 static void sleep_for(double seconds)
 {
     struct timespec t = {(time_t)seconds, (long)(fmod(seconds, 1) * 1e9)};
@@ -4418,9 +4457,9 @@ static const Test tests[] = {
     TEST(load_fp8) TEST(damaged_weights) TEST(damaged_config) TEST(rope_parameters)
     TEST(sizes_beyond_int) TEST(window_start) TEST(schedule) TEST(text_loss) TEST(answers_only)
     TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump) TEST(check_routing)
-    TEST(resume_is_exact) TEST(killed_while_saving) TEST(disk_full) TEST(read_only_directory)
-    TEST(signals) TEST(not_finite) TEST(memory_refused) TEST(plan) TEST(plan_options)
-    TEST(bench) TEST(rl) TEST(rl_resume) TEST(rl_options) TEST(rl_programs)
+    TEST(resume_is_exact) TEST(seq_warmup) TEST(killed_while_saving) TEST(disk_full)
+    TEST(read_only_directory) TEST(signals) TEST(not_finite) TEST(memory_refused) TEST(plan)
+    TEST(plan_options) TEST(bench) TEST(rl) TEST(rl_resume) TEST(rl_options) TEST(rl_programs)
     TEST(rl_programs_end) TEST(task)
 #endif
 };

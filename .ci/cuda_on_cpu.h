@@ -51,6 +51,11 @@ device, 8 GiB if nothing is said).
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H
 
+#ifdef MOE_MPI
+#define MPICH_SKIP_MPICXX // C's functions only
+#define OMPI_SKIP_MPICXX
+#include <mpi.h>
+#endif
 #include <signal.h>
 #include <sys/mman.h>
 #include <time.h>
