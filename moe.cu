@@ -586,6 +586,34 @@ grouped_weights_kernel(accum *dw, const real *dout, const real *x, const int *of
                            I - i, rows, 1, wide);
 }
 
+// out = x W^T for as few rows as one token has, whose time is that of reading the weights: a warp
+// an output of a row, 2 I FLOPs for I numbers of w. Blocks [outputs, rows].
+enum { FEW = 16 }; // rows of experts at most; others have several tokens' rows in common
+
+template <int W>
+__global__ void few_rows_kernel(real *out, const real *x, const real *w, const int *offsets,
+                                int groups, size_t O, size_t I, int add)
+{
+    int row = (int)blockIdx.y, lane = (int)threadIdx.x % WARP, low = 0, high = groups - 1;
+    size_t o = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
+    if (o >= O || (offsets && row >= offsets[groups])) return;
+    while (low < high) { // the last group that does not begin after this row
+        int middle = (low + high + 1) / 2;
+        if (offsets[middle] <= row) low = middle;
+        else high = middle - 1;
+    }
+    const real *wo = w + ((size_t)low * O + o) * I, *xn = x + (size_t)row * I;
+    float sum = 0;
+#pragma unroll 4
+    for (size_t i = (size_t)lane * W; i < I; i += WARP * W) {
+        Pack<real, W> a = load<W>(wo + i), b = load<W>(xn + i);
+        for (int j = 0; j < W; j++) sum += (float)a.x[j] * (float)b.x[j];
+    }
+    sum = warp_sum(sum);
+    real *to = out + (size_t)row * O + o;
+    if (lane == 0) *to = (real)(add ? (float)*to + sum : sum);
+}
+
 // No more tiles of rows can there be: each group ends in one that is not full.
 static unsigned most_tiles(Rows r)
 {
@@ -600,6 +628,12 @@ static void matmul_forward(real *out,     // [rows, O], set or added to
 {
     METER(r.offsets ? "experts_forward" : __func__, 2.0 * r.rows * O * I,
           (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
+    if (r.rows <= (r.offsets ? FEW : 1)) {
+        RUN_WIDE(I, AT(x) | AT(w), few_rows_kernel,
+                 dim3(grid_of(O, BLOCK / WARP), (unsigned)r.rows), BLOCK, 0, out, x, w, r.offsets,
+                 (int)r.groups, O, I, mode == ADD);
+        return;
+    }
     if (!r.offsets) {
         gemm(out, O, x, 0, I, w, 1, I, r.rows, O, I, mode == ADD ? 1.0f : 0.0f);
         return;

@@ -374,10 +374,14 @@ static void optimizers(void)
 static void operations(void)
 {
     static const int cut[] = {0, 0, 5, 5, 140, 141, 271, 300}, even[] = {0, 16, 48, 64};
+    static const int few[] = {0, 0, 2, 2, 7, 8, 8, 8}; // of 9
     for (int mode = SET; mode <= ADD; mode++) {
         matmul(1, 1, 1, NULL, 1, (enum Mode)mode);
+        matmul(1, 72, 300, NULL, 1, (enum Mode)mode);
         matmul(33, 17, 29, NULL, 1, (enum Mode)mode);
         matmul(130, 72, 40, NULL, 1, (enum Mode)mode);
+        matmul(9, 17, 29, few, 7, (enum Mode)mode);
+        matmul(9, 40, 320, few, 7, (enum Mode)mode);
         matmul(300, 17, 29, cut, 7, (enum Mode)mode);
         matmul(300, 136, 72, cut, 7, (enum Mode)mode);
         matmul(300, 40, 200, cut, 7, (enum Mode)mode);
