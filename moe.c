@@ -380,6 +380,7 @@ static void config_check(const Config *c, const char *file)
 static int is_moe(const Config *c, size_t l) { return c->E > 0 && l >= c->dense; }
 static int is_mtp(const Config *c, size_t l) { return l >= c->L; }
 static size_t layers(const Config *c) { return c->L + c->D; } // MTP depth k is layer L + k - 1
+static size_t depth_of(const Config *c, size_t l) { return l < c->L ? 0 : l - c->L + 1; }
 
 // ------------------------------------------------------------------------------------------------
 // 3  Parameters
@@ -2057,7 +2058,7 @@ static void acts_bind(Acts *a, const Config *c)
     int every_set = 0;
     for (size_t l = 0; l < c->L + a->depths; l++) every_set |= layer_set(c, l);
     for (size_t l = 0; l < c->L + a->depths; l++) {
-        size_t k = l < c->L ? 0 : l - c->L + 1, T = a->T > k ? a->T - k : 0;
+        size_t k = depth_of(c, l), T = a->T > k ? a->T - k : 0;
         LayerActs *al = &a->layer[l];
         if (a->training || l == 0)
             layer_acts_bind(&a->arena, al, c, a->training ? layer_set(c, l) : every_set, VALUE,
@@ -6640,7 +6641,7 @@ static void routing_names(char topk[NAME_MAX_LENGTH], char f[NAME_MAX_LENGTH], s
 
 static size_t layer_tokens(const Model *m, const Acts *a, size_t layer)
 {
-    return a->B * a->batch[layer < m->config.L ? 0 : layer - m->config.L + 1].T;
+    return a->B * a->batch[depth_of(&m->config, layer)].T;
 }
 
 // Writes logits, losses, routing and every gradient to path, under the names of the tensors.

@@ -1972,6 +1972,163 @@ __global__ void latent_attention_kernel(real *latent, const real *q, const real 
     }
 }
 
+#ifdef MOE_BF16
+// The same by tensor cores. All heads see the same latents, so HEADS of them share what is read.
+// A block has a row, HEADS heads and a share of the positions, which it goes through in tiles, as
+// flash_forward_kernel does; the latents are keys and values both. Blocks [rows and groups of
+// heads, shares]; NH (4 Rkv + 2 Dr) FLOPs and Rkv + Dr numbers a position.
+enum { HEADS = 16, SEEN = 64 }; // heads of a block, positions of a tile
+
+template <int RKV, int DR>
+__global__ void __launch_bounds__(FLASH_THREADS)
+flash_latent_kernel(float *part, // [rows and groups, shares, HEADS, RKV + 2]: sums, largest, total
+                    const real *latent, const real *q, const real *c_kv, const real *k_pe,
+                    const int *slot, const int *pos, int n, int NH, int Dn, int Dr, int Rkv,
+                    size_t capacity, size_t window, float log2_scale)
+{
+    constexpr int WIDTH = RKV + DR, LD = WIDTH + 8, LP = SEEN + 8;
+    constexpr int WARPS = FLASH_THREADS / WARP, COLS = RKV / WARPS; // columns of sums a warp has
+    DYNAMIC_SHARED(real, qs);                             // [HEADS, LD]
+    real *ks = qs + HEADS * LD, *ps = ks + SEEN * LD;     // [SEEN, LD], [HEADS, LP]
+    SHARED(float, most_of, [WARPS][HEADS]);
+    int groups = (NH + HEADS - 1) / HEADS, row = (int)blockIdx.x / groups;
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    size_t last = (size_t)pos[row], seen = last + 1 < window ? last + 1 : window;
+    size_t first = last + 1 - seen, base = (size_t)slot[row] * capacity;
+    size_t tiles = (seen + SEEN - 1) / SEEN, end = tiles * (blockIdx.y + 1) / gridDim.y * SEEN;
+    if (end > seen) end = seen;
+    float o[COLS / 8][4] = {}, max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    for (int i = (int)threadIdx.x; i < HEADS * WIDTH; i += FLASH_THREADS) {
+        int h = (int)blockIdx.x % groups * HEADS + i / WIDTH, j = i % WIDTH, r = j - RKV;
+        real x = (real)0.0f;
+        if (h < NH && j < Rkv) x = latent[((size_t)h * n + row) * Rkv + j];
+        if (h < NH && r >= 0 && r < Dr) x = q[((size_t)row * NH + h) * (Dn + Dr) + Dn + r];
+        qs[i / WIDTH * LD + j] = x;
+    }
+    for (size_t at = tiles * blockIdx.y / gridDim.y * SEEN; at < end; at += SEEN) {
+        __syncthreads(); // the tile before has been used
+        for (int i = (int)threadIdx.x * 8; i < SEEN * WIDTH; i += FLASH_THREADS * 8) {
+            int u = i / WIDTH, j = i % WIDTH, r = j - RKV;
+            size_t entry = base + (first + at + u) % capacity;
+            int valid = at + u < end && (r < 0 ? j < Rkv : r < Dr);
+            const real *from = r < 0 ? c_kv + entry * Rkv + j : k_pe + entry * Dr + r;
+            cp_async_16(ks + u * LD + j, valid ? from : c_kv, valid);
+        }
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        // scores: 16 heads x 16 positions a warp
+        float sc[2][4] = {};
+#pragma unroll 4
+        for (int k = 0; k < WIDTH / 16; k++) {
+            uint32_t af[4], bf[4];
+            fragment_a(af, qs + 16 * k, LD);
+            fragment_b(bf, ks + 16 * warp * LD + 16 * k, LD);
+            mma_16x8x16(sc[0], af, bf);
+            mma_16x8x16(sc[1], af, bf + 2);
+        }
+        // softmax: four lanes of each warp share a head
+        for (int half = 0; half < 2; half++) {
+            float most = -INFINITY;
+            for (int e = 0; e < 4; e++) {
+                float *score = &sc[e / 2][2 * half + e % 2];
+                if (at + 16 * warp + e / 2 * 8 + lane % 4 * 2 + e % 2 >= end) *score = -INFINITY;
+                most = fmaxf(most, *score);
+            }
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            if (lane % 4 == 0) most_of[warp][lane / 4 + half * 8] = most;
+        }
+        __syncthreads();
+        for (int half = 0; half < 2; half++) {
+            float most = max[half], total = 0;
+            for (int w = 0; w < WARPS; w++) most = fmaxf(most, most_of[w][lane / 4 + half * 8]);
+            float shrink = exp2f((max[half] - most) * log2_scale);
+            for (int e = 0; e < 4; e++) {
+                float *score = &sc[e / 2][2 * half + e % 2];
+                *score = exp2f((*score - most) * log2_scale);
+                total += *score;
+            }
+            sum[half] = sum[half] * shrink + total; // of this lane's positions
+            max[half] = most;
+            for (int c = 0; c < COLS / 8; c++)
+                o[c][2 * half] *= shrink, o[c][2 * half + 1] *= shrink;
+        }
+        const float one[2] = {1, 1};
+        spill(ps + 16 * warp, LP, sc, one);
+        __syncthreads(); // all weights are there
+#pragma unroll
+        for (int k = 0; k < SEEN / 16; k++) {
+            uint32_t pf[4];
+            fragment_a(pf, ps + 16 * k, LP);
+#pragma unroll
+            for (int c = 0; c < COLS / 16; c++) {
+                uint32_t vf[4];
+                fragment_b_t(vf, ks + 16 * k * LD + warp * COLS + 16 * c, LD);
+                mma_16x8x16(o[2 * c], pf, vf);
+                mma_16x8x16(o[2 * c + 1], pf, vf + 2);
+            }
+        }
+    }
+    part += ((size_t)blockIdx.x * gridDim.y + blockIdx.y) * HEADS * (RKV + 2);
+    __syncthreads(); // most_of has been read
+    for (int half = 0; half < 2; half++) {
+        sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+        sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+        if (lane % 4 == 0) most_of[warp][lane / 4 + half * 8] = sum[half];
+    }
+    __syncthreads();
+    for (int half = 0; half < 2; half++) {
+        float *to = part + (lane / 4 + half * 8) * (RKV + 2), total = 0;
+        for (int c = 0; c < COLS / 8; c++)
+            for (int e = 0; e < 2; e++)
+                to[warp * COLS + 8 * c + lane % 4 * 2 + e] = o[c][2 * half + e];
+        for (int w = 0; w < WARPS; w++) total += most_of[w][lane / 4 + half * 8];
+        if (warp == 0 && lane % 4 == 0) to[RKV] = max[half], to[RKV + 1] = total;
+    }
+}
+
+// Merges the shares. A block a row and head.
+template <int RKV>
+__global__ void merge_latent_kernel(real *latent, const float *part, int n, int NH, int Rkv,
+                                    int shares, float log2_scale)
+{
+    int groups = (NH + HEADS - 1) / HEADS, row = (int)blockIdx.x / NH, h = (int)blockIdx.x % NH;
+    size_t step = HEADS * (RKV + 2);
+    float max = -INFINITY, total = 0;
+    part += ((size_t)row * groups + h / HEADS) * shares * step + h % HEADS * (RKV + 2);
+    for (int s = 0; s < shares; s++) max = fmaxf(max, part[s * step + RKV]);
+    for (int s = 0; s < shares; s++)
+        total += part[s * step + RKV + 1] * exp2f((part[s * step + RKV] - max) * log2_scale);
+    for (int j = (int)threadIdx.x; j < Rkv; j += (int)blockDim.x) {
+        float sum = 0;
+        for (int s = 0; s < shares; s++)
+            sum += part[s * step + j] * exp2f((part[s * step + RKV] - max) * log2_scale);
+        latent[((size_t)(NH + h) * n + row) * Rkv + j] = (real)(sum / total);
+    }
+}
+
+template <int RKV, int DR>
+static void flash_latent(real *latent, const real *q, const real *c_kv, const real *k_pe,
+                         const int *slot, const int *pos, size_t n, size_t NH, size_t Dn, size_t Dr,
+                         size_t Rkv, size_t capacity, size_t window, double scale)
+{
+    enum { FILL = 264 }; // blocks: two for each multiprocessor of an H100
+    size_t blocks = n * ceil_div(NH, HEADS), shares = FILL / blocks;
+    float log2_scale = (float)(scale * 1.4426950408889634); // exp(x) is exp2(x log2 e)
+    if (shares > ceil_div(window, SEEN)) shares = ceil_div(window, SEEN);
+    if (shares < 1) shares = 1;
+    float *part = (float *)scratch(blocks * shares * HEADS * (RKV + 2) * sizeof(float));
+    RUN_KERNEL((flash_latent_kernel<RKV, DR>), dim3((unsigned)blocks, (unsigned)shares),
+               FLASH_THREADS,
+               ((HEADS + SEEN) * (RKV + DR + 8) + HEADS * (SEEN + 8)) * sizeof(real), part, latent,
+               q, c_kv, k_pe, slot, pos, (int)n, (int)NH, (int)Dn, (int)Dr, (int)Rkv, capacity,
+               window, log2_scale);
+    RUN_KERNEL(merge_latent_kernel<RKV>, grid_of(n * NH, 1), 128, 0, latent, part, (int)n, (int)NH,
+               (int)Rkv, (int)shares, log2_scale);
+}
+#endif // MOE_BF16
+
 static void latent_attention(real *out,         // [n, NH, Dv]
                              real *latent,      // [2, NH, n, Rkv] workspace: queries, sums
                              const real *q,     // [n, NH, Dn + Dr]
@@ -1985,10 +2142,20 @@ static void latent_attention(real *out,         // [n, NH, Dv]
 {
     METER(__func__, 0, 0);
     size_t Dq = Dn + Dr, step = (Dn + Dv) * Rkv;
+    int done = 0;
     gemm(latent, Rkv, q, 0, NH * Dq, w_b, 0, Rkv, n, Rkv, Dn, 0, NH, n * Rkv, Dq, step);
-    RUN_KERNEL(latent_attention_kernel, grid_of(n * NH, 1), BLOCK,
-               (Rkv + Dr + BLOCK / WARP * Rkv) * sizeof(float), latent, q, c_kv, k_pe, slot, pos,
-               (int)n, (int)NH, (int)Dn, (int)Dr, (int)Rkv, capacity, window, (float)scale);
+#ifdef MOE_BF16
+    int wide = (Rkv | Dr) % WIDE == 0 && (AT(c_kv) | AT(k_pe)) % 16 == 0;
+    done = wide && Rkv <= 512 && Dr <= 64;
+#define LATENTS latent, q, c_kv, k_pe, slot, pos, n, NH, Dn, Dr, Rkv, capacity, window, scale
+    if (done && Rkv <= 64 && Dr <= 16) flash_latent<64, 16>(LATENTS);
+    else if (done) flash_latent<512, 64>(LATENTS);
+#endif
+    if (!done)
+        RUN_KERNEL(latent_attention_kernel, grid_of(n * NH, 1), BLOCK,
+                   (Rkv + Dr + BLOCK / WARP * Rkv) * sizeof(float), latent, q, c_kv, k_pe, slot,
+                   pos, (int)n, (int)NH, (int)Dn, (int)Dr, (int)Rkv, capacity, window,
+                   (float)scale);
     gemm(out, NH * Dv, latent + n * NH * Rkv, 0, Rkv, w_b + Dn * Rkv, 1, Rkv, n, Dv, Rkv, 0, NH, Dv,
          n * Rkv, step);
 }

@@ -311,11 +311,11 @@ static void cross_entropy(size_t N, size_t V)
     finish();
 }
 
-static void latent(size_t n, size_t NH, size_t Dn, size_t Dr, size_t Dv, size_t Rkv)
+static void latent(size_t n, size_t NH, size_t Dn, size_t Dr, size_t Dv, size_t Rkv, size_t window)
 {
     if (!begin("latent_attention")) return;
-    size_t capacity = 23, window = 17, slots = 3;
-    int *slot = random_ints("slot", n, slots), *pos = random_ints("pos", n, 60);
+    size_t capacity = window + 6, slots = 3;
+    int *slot = random_ints("slot", n, slots), *pos = random_ints("pos", n, 3 * window);
     real *out = reals("out", n * NH * Dv), *work = reals("work", 2 * NH * n * Rkv);
     real *q = reals("q", n * NH * (Dn + Dr)), *w = reals("w", NH * (Dn + Dv) * Rkv);
     real *c_kv = reals("c_kv", slots * capacity * Rkv), *new_c = reals("new", Rkv);
@@ -419,8 +419,12 @@ static void operations(void)
     cross_entropy(1, 1);
     cross_entropy(37, 257);
     cross_entropy(12, 4096);
-    latent(1, 1, 1, 2, 1, 1);
-    latent(5, 3, 8, 4, 6, 40);
+    latent(1, 1, 1, 2, 1, 1, 17);
+    latent(5, 3, 8, 4, 6, 40, 17);
+    latent(3, 5, 16, 8, 16, 64, 150); // bfloat16: by tensor cores, positions shared out
+    latent(300, 2, 8, 16, 8, 48, 150); // not shared out, but in several tiles
+    latent(100, 20, 16, 24, 8, 72, 150); // two groups of heads
+    latent(2, 17, 8, 8, 8, 512, 70);
     optimizers();
 }
 
