@@ -138,17 +138,18 @@ emu:
 
 # The same tests on both sides, each compiled with its operations.
 ON_GPU := $(and $(NVCC),$(GPU_ARCH))
+LAPTOP = $(if $(ON_GPU),-DVERIFY_LAPTOP)
 verify: build/verify_fp32 build/verify_bf16
 	@./build/verify_fp32
 	@./build/verify_bf16
 
 build/verify_cpu.o: .ci/verify.c moe.c Makefile
 	@mkdir -p build
-	$(BUILD) -c -o $@ .ci/verify.c
+	$(BUILD) $(LAPTOP) -c -o $@ .ci/verify.c
 
 build/verify_%: build/verify_cpu.o .ci/verify.c moe.c moe.cu $(wildcard .ci/*.h) Makefile
 	$(if $(ON_GPU),$(CUDA) -x cu,$(EMULATE) -x c++) $(if $(filter fp32,$*),-DMOE_FP32) \
-	    -DVERIFY_GPU -I. -c -o $@.o .ci/verify.c
+	    $(LAPTOP) -DVERIFY_GPU -I. -c -o $@.o .ci/verify.c
 	$(if $(ON_GPU),$(CUDA),$(CXX) $(OPENMP)) -o $@ build/verify_cpu.o $@.o \
 	    $(if $(ON_GPU),-lcublas) -lm
 

@@ -591,34 +591,35 @@ static void golden_case(size_t which)
     model_free(&m);
 }
 
-// Losses of 20 steps of training from the same weights.
-static void training(const char *optimizer)
+// 20 mean losses of training from the same weights: of single steps of a small model or, on a GPU,
+// of tens of steps of the laptop preset.
+static void training(const char *name, int muon, Config c, size_t B, size_t T, size_t each)
 {
     char title[60];
-    snprintf(title, sizeof title, "training, %s", optimizer);
+    snprintf(title, sizeof title, "training, %s", name);
     if (!begin(title)) return;
-    Config c = golden_config("moe");
-    c.V = 128, c.L = 2, c.alpha = 0.01;
-    size_t B = 2, T = 20;
+    Data text = data_load("tinyshakespeare/excerpt.txt", &c);
     Model m = model_make(&c, 1);
     model_init(&m, 1);
     Acts a = acts_make(&c, B, T, 1);
     Optimizer o = optimizer_make(&m);
-    Recipe r = {!strcmp(optimizer, "muon"), 3e-3, 3e-3, 0.9, 0.95, 1e-8, 0.1, 1, 0.9, 1e-3};
+    Recipe r = {muon, 3e-3, 3e-3, 0.9, 0.95, 1e-8, 0.1, 1, 0.9, 1e-3};
+    int *tokens = (int *)host_alloc(B * (T + 1), sizeof(int));
     Result *loss = keep_result("", 20);
     snprintf(loss->name, sizeof loss->name, "%s: loss", case_name);
-    float *to = loss->data;
-    for (size_t step = 0; step < 20; step++) {
-        int tokens[2 * 21];
-        for (size_t i = 0; i < B * (T + 1); i++)
-            tokens[i] = text[(step * 37 + i / (T + 1) * 61 + i % (T + 1)) % (sizeof text - 1)];
+    for (size_t step = 0; step < 20 * each; step++) {
+        for (size_t b = 0; b < B; b++)
+            tokens_copy(tokens + b * (T + 1),
+                        text.bytes + window_start(1, step * B + b, text.n, T), T + 1);
         acts_load(&a, tokens);
         model_forward(&m, &a);
         model_backward(&m, &a, 1);
         optimizer_count_load(&o, &m, &a);
-        to[step] = (float)model_losses(&m, &a).total;
+        loss->data[step / each] += (float)(model_losses(&m, &a).total / (double)each);
         optimizer_step(&o, &m, &r, grad_norm(&m));
     }
+    free(tokens);
+    free(text.bytes);
     optimizer_free(&o);
     acts_free(&a);
     model_free(&m);
@@ -630,8 +631,13 @@ void RESULTS(Results *r, const Results *expected)
     r->real_size = (int)sizeof(real);
     operations();
     for (size_t i = 0; i < sizeof golden / sizeof *golden; i++) golden_case(i);
-    training("adamw");
-    training("muon");
+    Config small = golden_config("moe");
+    small.V = 128, small.L = 2, small.alpha = 0.01;
+    training("adamw", 0, small, 2, 20, 1);
+    training("muon", 1, small, 2, 20, 1);
+#ifdef VERIFY_LAPTOP // takes too long in emulation
+    training("laptop", 1, config_preset(LAPTOP), 8, 256, 10);
+#endif
 }
 
 // ------------------------------------------------------------------------------------------------
