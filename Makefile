@@ -44,7 +44,7 @@ mpi:
 # What is seen often is learnt by heart unless the weights decay.
 STEPS = 4000
 RECIPE = --batch 8 --hold 0.3 --seq-warmup 0.33
-run: TRAIN = --out out/shakespeare $(RECIPE) --steps 1000
+run: TRAIN = --out out/shakespeare $(RECIPE) --steps 950
 best: TRAIN = --config laptop-mtp --out out/best $(RECIPE) --steps $(STEPS) --weight-decay 0.5
 run best: moe
 	@said=$$(sh tinyshakespeare/fetch.sh 2>&1) || said="$$said; training on $(EXCERPT) instead"; \
