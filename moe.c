@@ -2660,10 +2660,21 @@ typedef struct {
     accum *m, *v; // as the weights; m is Muon's momentum where Muon works
     int *load;    // [L + D, E] tokens of each expert since the last step
     long step;    // steps taken
-    Matrix *matrix; // those that Muon trains
+    Matrix *matrix; // those that Muon trains, sorted by their sizes
     Span *span;     // device memory: what AdamW trains, the matrices last
     size_t matrices, spans[2], pieces[2]; // beside Muon and without it
 } Optimizer;
+
+// The largest first, so that no thread begins with one when the others are done; those of one size
+// together.
+static int compare_matrices(const void *x, const void *y)
+{
+    const Matrix *a = (const Matrix *)x, *b = (const Matrix *)y;
+    size_t p = a->rows * a->cols, q = b->rows * b->cols;
+    if (p != q) return p < q ? 1 : -1;
+    if (a->rows != b->rows) return a->rows < b->rows ? 1 : -1;
+    return a->offset < b->offset ? -1 : 1;
+}
 
 static Optimizer optimizer_make(const Model *m)
 {
@@ -2684,6 +2695,7 @@ static Optimizer optimizer_make(const Model *m)
             *next++ = it;
         }
     }
+    qsort(o.matrix, o.matrices, sizeof(Matrix), compare_matrices);
     Span *span = (Span *)host_alloc(m->layout.tensors, sizeof(Span));
     size_t spans = 0, pieces = 0;
     for (int matrices = 0; matrices < 2; matrices++) {

@@ -2312,16 +2312,21 @@ static void count_load(int *load, const int *offsets, size_t E)
     RUN_KERNEL(count_load_kernel, grid_of(E, BLOCK), BLOCK, 0, load, offsets, E);
 }
 
-// M = mu M + G,  X = G + mu M, and |X|^2. A block a matrix; G, M and X of the next one stand n on.
-__global__ void muon_momentum_kernel(real *X, accum *M, const accum *G, float *square, size_t n,
-                                     float mu, float scale)
+// Where matrices of one size begin.
+typedef struct {
+    size_t at[256];
+} Places;
+
+// M = mu M + G,  X = G + mu M, and |X|^2. A block a matrix of n numbers; X of the next stands n on.
+__global__ void muon_momentum_kernel(real *X, accum *M, const accum *G, float *square, Places place,
+                                     size_t n, float mu, float scale)
 {
-    size_t at = blockIdx.x * n;
+    size_t at = place.at[blockIdx.x];
     float sum = 0;
-    for (size_t i = at + threadIdx.x; i < at + n; i += BLOCK) {
-        float g = scale * G[i], momentum = mu * M[i] + g, x = g + mu * momentum;
-        M[i] = momentum;
-        X[i] = (real)x;
+    for (size_t i = threadIdx.x; i < n; i += BLOCK) {
+        float g = scale * G[at + i], momentum = mu * M[at + i] + g, x = g + mu * momentum;
+        M[at + i] = momentum;
+        X[blockIdx.x * n + i] = (real)x;
         sum += x * x;
     }
     sum = block_reduce<false>(sum);
@@ -2364,44 +2369,46 @@ static void newton_schulz(real *X,           // [count, m, n]
     }
 }
 
-__global__ void muon_update_kernel(real *weights, accum *master, const real *X, float rate,
-                                   float keep, size_t n)
+__global__ void muon_update_kernel(real *weights, accum *master, const real *X, Places place,
+                                   size_t n, float rate, float keep)
 {
-    size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x;
+    size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x, at = place.at[blockIdx.y] + i;
     if (i >= n) return;
-    master[i] = keep * master[i] - rate * (float)X[i];
-    if (sizeof(real) < sizeof(accum)) weights[i] = (real)master[i];
+    master[at] = keep * master[at] - rate * (float)X[blockIdx.y * n + i];
+    if (sizeof(real) < sizeof(accum)) weights[at] = (real)master[at];
 }
 
 // One step of Muon on each matrix W; the gradient is taken times g_scale.
 //     M = mu M + G,  X = orthogonal(G + mu M),  W -= lr (decay W + 0.2 sqrt(max(rows, cols)) X).
 // The factor gives steps the size that AdamW's have, so that one lr does for both (Moonlight, 2.2).
-// Matrices of one size that stand side by side, as experts do, are taken together.
+// Matrices of one size, which stand together in the list, are taken together.
 static void muon_step(real *weights, accum *master, accum *momentum, const accum *grads,
                       const Matrix *matrix, size_t matrices, double lr, double mu, double decay,
                       double g_scale)
 {
     METER(__func__, 0, 0);
     enum { TOGETHER = 1 << 26 }; // numbers of X
+    Places place = {};
     for (size_t i = 0, count; i < matrices; i += count) {
-        Matrix it = matrix[i];
-        size_t m = it.rows, n = it.cols, mn = m * n, k = min_size(m, n), at = it.offset;
-        for (count = 1; i + count < matrices && (count + 1) * mn <= TOGETHER; count++) {
-            Matrix next = matrix[i + count];
-            if (next.rows != m || next.cols != n || next.offset != at + count * mn) break;
+        size_t m = matrix[i].rows, n = matrix[i].cols, mn = m * n, k = min_size(m, n);
+        size_t most = min_size(sizeof place.at / sizeof *place.at, 1 + TOGETHER / mn);
+        for (count = 0; count < most && i + count < matrices; count++) {
+            Matrix it = matrix[i + count];
+            if (it.rows != m || it.cols != n) break;
+            place.at[count] = it.offset;
         }
         float *square = (float *)scratch(
             ceil_div(count, 4) * 16 + 2 * count * (mn + k * k) * sizeof(real));
         real *X = (real *)(square + ceil_div(count, 4) * 4), *Y = X + count * mn;
         real *A = Y + count * mn, *A2 = A + count * k * k;
-        RUN_KERNEL(muon_momentum_kernel, grid_of(count, 1), BLOCK, 0, X, momentum + at, grads + at,
-                   square, mn, (float)mu, (float)g_scale);
+        RUN_KERNEL(muon_momentum_kernel, grid_of(count, 1), BLOCK, 0, X, momentum, grads, square,
+                   place, mn, (float)mu, (float)g_scale);
         RUN_KERNEL(muon_shrink_kernel, grid_of(count * mn, BLOCK), BLOCK, 0, X, square, mn,
                    count * mn);
         newton_schulz(X, Y, A, A2, count, m, n);
-        RUN_KERNEL(muon_update_kernel, grid_of(count * mn, BLOCK), BLOCK, 0, weights + at,
-                   master + at, X, (float)(lr * 0.2 * sqrt((double)(m > n ? m : n))),
-                   (float)(1 - lr * decay), count * mn);
+        RUN_KERNEL(muon_update_kernel, dim3(grid_of(mn, BLOCK), (unsigned)count), BLOCK, 0, weights,
+                   master, X, place, mn, (float)(lr * 0.2 * sqrt((double)(m > n ? m : n))),
+                   (float)(1 - lr * decay));
     }
 }
 

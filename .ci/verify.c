@@ -353,9 +353,10 @@ static void optimizers(void)
         device_zero(w, 9000 * sizeof(real)); // left alone where real is accum
         finish();
     }
-    if (begin("muon")) { // three experts, a wide and a tall matrix
-        static const Matrix matrix[5] = {{0, 64, 40}, {64 * 40, 64, 40}, {2 * 64 * 40, 64, 40},
-                                         {3 * 64 * 40, 48, 72}, {3 * 64 * 40 + 48 * 72, 80, 32}};
+    if (begin("muon")) { // three of one size, of which two side by side; a wide and a tall one
+        enum { ONE = 64 * 40, WIDE_ONE = 48 * 72 };
+        static const Matrix matrix[5] = {{0, 64, 40}, {ONE, 64, 40}, {2 * ONE + WIDE_ONE, 64, 40},
+                                         {2 * ONE, 48, 72}, {3 * ONE + WIDE_ONE, 80, 32}};
         real *w = reals("weights", N);
         accum *master = accums("master", N), *M = accums("momentum", N), *g = accums("g", N);
         device_zero(master, N * sizeof(accum)); // what is left is the step
