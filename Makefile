@@ -36,9 +36,11 @@ moe: moe.c Makefile
 
 # The same program, whose processes train one model together.
 MPICC = mpicc
+MPICXX = mpicxx
+needs = @command -v $(1) >/dev/null || { echo "make $@: there is no $(1); install MPI, such as MPICH or" \
+    "Open MPI, or say $(2)=..."; exit 1; }
 mpi:
-	@command -v $(MPICC) >/dev/null || { echo "make mpi: there is no $(MPICC); install MPI, such as" \
-	    "MPICH or Open MPI, or say MPICC=..."; exit 1; }
+	$(call needs,$(MPICC),MPICC)
 	$(MPICC) $(WARN) $(CFLAGS) $(OPENMP) -DMOE_MPI -o moe_mpi moe.c -lm
 
 # What is seen often is learnt by heart unless the weights decay.
@@ -118,21 +120,24 @@ CUDA = $(NVCC) -std=c++17 -O3 -arch=$(GPU_ARCH) -Xcompiler "$(filter -fopenmp,$(
     -diag-suppress 177,550
 EMULATE = $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas
 FLOAT = $(if $(filter fp32,$(PRECISION)),-DMOE_FP32)
-MPICXX = mpicxx
 
 gpu:
+	$(if $(MPI),$(call needs,$(MPICXX),MPICXX))
 	@test -n "$(NVCC)" || { echo "make gpu: there is no nvcc; the CUDA Toolkit 12 or 13 has it" \
 	    "(in PATH or /usr/local/cuda)"; exit 1; }
 	@test -n "$(GPU_ARCH)" || { echo "make gpu: nvidia-smi finds no GPU here; GPU_ARCH=sm_90 says" \
 	    "for which one to build (90: H100, 100: B200, 80: A100, 89: RTX 4090)"; exit 1; }
 	@echo '#include <cublas_v2.h>' | $(NVCC) -x cu -E - >/dev/null 2>&1 || { echo "make gpu:" \
 	    "$(NVCC) finds no cublas_v2.h; install cuBLAS's development files"; exit 1; }
+	@test -z "$(MPI)" || echo '#include <nccl.h>' | $(NVCC) -x cu -E - >/dev/null 2>&1 || { echo \
+	    "make gpu: $(NVCC) finds no nccl.h; install NCCL's development files"; exit 1; }
 	@case $(PRECISION):$(GPU_ARCH) in bf16:sm_[0-7]?) echo "make gpu: $(GPU_ARCH) has no bfloat16" \
 	    "tensor cores; PRECISION=fp32 does without"; exit 1;; esac
 	$(CUDA) $(FLOAT) $(if $(MPI),-ccbin $(MPICXX) -DMOE_MPI) -o moe_gpu moe.cu -lcublas \
 	    $(if $(MPI),-lnccl)
 
 emu:
+	$(if $(MPI),$(call needs,$(MPICXX),MPICXX))
 	$(if $(MPI),$(EMULATE:$(CXX)%=$(MPICXX)%) -DMOE_MPI,$(EMULATE)) $(FLOAT) -x c++ -o moe_emu \
 	    moe.cu -lm
 

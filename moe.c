@@ -4651,7 +4651,8 @@ enum {
     X(RUN | CHECK | BENCH, Count, batch, "batch", "16", "B", "sequences at once") \
     X(RUN | EVAL | CHECK | BENCH, Count, seq, "seq", "0", "T", \
       "tokens of a sequence; 0: max_position_embeddings") \
-    X(RUN, Count, accumulate, "accumulate", "1", "N", "batches whose gradients make one step") \
+    X(RUN, Count, accumulate, "accumulate", "1", "N", \
+      "batches whose gradients make one step; several processes share them out") \
     X(RUN, Text, optimizer, "optimizer", "muon", "NAME", \
       "muon (hidden matrices; AdamW for the rest) or adamw") \
     X(BENCH, Text, bench_optimizer, "optimizer", "adamw", "NAME", "adamw or muon") \
