@@ -5020,8 +5020,8 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
             "smaller --lr", r->step, o->out, r->saved);
     ranks_max(most, 2);
     if (most[0] != -most[1])
-        die(FAILED, "step %zu: the weights are not the same in all processes; use machines that "
-            "compute alike; %s still has step %zu", r->step, o->out, r->saved);
+        die(FAILED, "step %zu: the weights are not the same in all processes; use one build on "
+            "machines of one kind; %s still has step %zu", r->step, o->out, r->saved);
     r->saved = r->step;
     if (rank > 0) return;
     if (fflush(log) || fsync(fileno(log)))
