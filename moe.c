@@ -210,12 +210,11 @@ static int thread_number(void) // in its team
 // batches, the gradients are added up over all, and so all take the same step (data parallel).
 // Only the first writes.
 #ifdef MOE_MPI
-static int local_rank; // among those of this machine
+static int local_ranks, local_rank; // those of this machine, and which of them this is
 
 static void ranks_start(int *argc, char ***argv)
 {
     MPI_Comm here;
-    int local_ranks;
     MPI_Init(argc, argv);
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
@@ -249,6 +248,7 @@ static void ranks_reduce(void *x, size_t n, MPI_Datatype type, MPI_Op op)
 static void ranks_sum(double *x, size_t n) { ranks_reduce(x, n, MPI_DOUBLE, MPI_SUM); }
 static void ranks_max(double *x, size_t n) { ranks_reduce(x, n, MPI_DOUBLE, MPI_MAX); }
 #else
+enum { local_ranks = 1 };
 static void ranks_start(int *argc, char ***argv) { (void)argc, (void)argv; }
 static void ranks_end(void) {}
 static void ranks_sum(double *x, size_t n) { (void)x, (void)n; }
@@ -661,7 +661,7 @@ static void reals_to_host(accum *to, const real *from, size_t n)
     to_host(to, from, n * sizeof(real));
 }
 
-// Bytes of memory that are free for use.
+// Bytes of memory that are free for use, by each process of this machine.
 static double free_memory(void)
 {
     double kilobytes = 0;
@@ -670,8 +670,8 @@ static double free_memory(void)
     while (f && fgets(line, sizeof line, f))
         if (!strncmp(line, "MemAvailable:", 13)) kilobytes = strtod(line + 13, NULL);
     if (f && fclose(f)) kilobytes = 0;
-    if (kilobytes > 0) return 1024 * kilobytes;
-    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    if (kilobytes > 0) return 1024 * kilobytes / local_ranks;
+    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / local_ranks;
 }
 
 static int team_size(void)
@@ -5845,10 +5845,10 @@ static int rl_collect(Exam *e, const Options *o)
 
 static void rl_check(const Options *o, size_t answers)
 {
-    NEED(answers && o->group > 1 && o->steps,
-         "--questions and --steps must be at least 1, --group 2");
     NEED(o->questions % (size_t)ranks == 0, "--questions is %zu; the %d processes share them out, "
          "so it must be a multiple of that", o->questions, ranks);
+    NEED(answers && o->group > 1 && o->steps,
+         "--questions and --steps must be at least 1, --group 2");
     NEED(ranks == 1 || !o->collect, "--collect takes one process, not %d", ranks);
     NEED(o->minibatches && o->minibatches <= answers && o->epochs,
          "--minibatches and --epochs must be at least 1, --minibatches at most %zu, the answers of "

@@ -588,7 +588,7 @@ grouped_weights_kernel(accum *dw, const real *dout, const real *x, const int *of
 
 // out = x W^T for as few rows as one token has, whose time is that of reading the weights: a warp
 // an output of a row, 2 I FLOPs for I numbers of w. Blocks [outputs, rows].
-enum { FEW = 16 }; // rows of experts at most; others have several tokens' rows in common
+enum { FEW = 16 }; // rows of experts, at most
 
 template <int W>
 __global__ void few_rows_kernel(real *out, const real *x, const real *w, const int *offsets,
