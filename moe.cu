@@ -78,7 +78,8 @@ static void cublas_check(cublasStatus_t status, const char *call)
 
 // Under g++ the header has these, and the tensor cores' instructions that follow.
 #ifdef __CUDACC__
-#define LAUNCH(kernel, grid, block, bytes, ...) kernel<<<grid, block, bytes>>>(__VA_ARGS__)
+#define LAUNCH(kernel, grid, block, bytes, ...) \
+    kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__)
 #define SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 #define DYNAMIC_SHARED(type, name) \
     extern __shared__ __align__(16) unsigned char shared_bytes[]; \
@@ -147,6 +148,7 @@ template <int N> __device__ static void cp_async_wait(void)
     } while (0)
 
 static cublasHandle_t cublas;
+static cudaStream_t stream; // all work goes there; cudaMemcpy waits for it
 
 #ifdef MOE_MPI
 static ncclComm_t nccl;
@@ -175,7 +177,9 @@ __global__ void probe_kernel(int) {}
 // Finds the GPU, once, and whether it runs what is here.
 static void device_start(void)
 {
+    enum { CUBLAS_MEMORY = 32 << 20 }; // bytes, as many as it would take on an H100
     int devices = 0;
+    void *memory = NULL;
     if (cublas) return;
     CUDA(cudaGetDeviceCount(&devices));
 #ifdef MOE_MPI
@@ -184,8 +188,12 @@ static void device_start(void)
     if (sizeof(real) < sizeof(accum) && gpu_arch() < 80)
         die(FAILED, "this GPU, sm_%d, has no bfloat16 tensor cores; make gpu PRECISION=fp32 does "
             "without", gpu_arch());
+    CUDA(cudaStreamCreate(&stream));
     RUN_KERNEL(probe_kernel, 1, 32, 0, 0);
     CUBLAS(cublasCreate(&cublas));
+    CUDA(cudaMalloc(&memory, CUBLAS_MEMORY)); // it may not allocate what replay_begin records
+    CUBLAS(cublasSetStream(cublas, stream));  // forgets the memory
+    CUBLAS(cublasSetWorkspace(cublas, memory, CUBLAS_MEMORY));
 }
 
 static void *device_alloc(size_t bytes)
@@ -204,12 +212,12 @@ static void device_finish(void) { CUDA(cudaDeviceSynchronize()); }
 static void device_zero(void *p, size_t bytes)
 {
     METER(__func__, 0, bytes);
-    CUDA(cudaMemsetAsync(p, 0, bytes));
+    CUDA(cudaMemsetAsync(p, 0, bytes, stream));
 }
 static void device_copy(void *to, const void *from, size_t bytes)
 {
     METER(__func__, 0, 2 * bytes);
-    CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice));
+    CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
 }
 static void to_device(void *to, const void *from, size_t bytes)
 {
@@ -246,16 +254,70 @@ static double free_memory(void)
 
 // Memory for one operation, kept from call to call: kernels run in order, so that none still needs
 // what the one before left there.
+static size_t scratch_size;
 static void *scratch(size_t bytes)
 {
     static void *memory;
-    static size_t size;
-    if (bytes > size) {
+    if (bytes > scratch_size) {
         device_free(memory);
         memory = device_alloc(bytes);
-        size = bytes;
+        scratch_size = bytes;
     }
     return memory;
+}
+
+// A launch costs the host more time than a small kernel the GPU; what is recorded, a CUDA graph, is
+// launched as a whole. A series is recorded the second time it comes: the first time scratch grows
+// and kernels are loaded. Only the latest are kept, as of ever fewer rows none may come again.
+enum { RECORDINGS = 8 };
+typedef struct {
+    double key;
+    size_t scratch_size;   // when it was recorded: as scratch grows it moves
+    cudaGraphExec_t graph; // NULL: not recorded
+} Recording;
+
+typedef struct {
+    Recording last[RECORDINGS]; // the latest first
+    int recording;
+} Replay;
+
+static void recording_free(Recording *r)
+{
+    if (r->graph) CUDA(cudaGraphExecDestroy(r->graph));
+    memset(r, 0, sizeof *r);
+}
+
+static int replay_begin(Replay *r, double key)
+{
+    size_t i = 0;
+    if (metered.on || hold_routing) return 1;
+    while (i < RECORDINGS - 1 && r->last[i].key != key) i++;
+    Recording it = r->last[i];
+    int again = it.key == key;
+    if (!again || it.scratch_size != scratch_size) recording_free(&it);
+    it.key = key, it.scratch_size = scratch_size;
+    memmove(r->last + 1, r->last, i * sizeof it);
+    r->last[0] = it;
+    r->recording = again && !it.graph;
+    if (it.graph) CUDA(cudaGraphLaunch(it.graph, stream));
+    if (r->recording) CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    return !it.graph;
+}
+
+static void replay_end(Replay *r)
+{
+    cudaGraph_t graph = NULL;
+    if (!r->recording) return;
+    r->recording = 0;
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&r->last[0].graph, graph, 0));
+    CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaGraphLaunch(r->last[0].graph, stream));
+}
+
+static void replay_free(Replay *r)
+{
+    for (size_t i = 0; i < RECORDINGS; i++) recording_free(&r->last[i]);
 }
 
 // W numbers that are loaded and stored at once.
@@ -893,7 +955,8 @@ static void crop_forward(real *out,      // [B, T, C]
                          size_t B, size_t T, size_t Tin, size_t C)
 {
     size_t row = C * sizeof(real);
-    CUDA(cudaMemcpy2DAsync(out, T * row, in, Tin * row, T * row, B, cudaMemcpyDeviceToDevice));
+    CUDA(cudaMemcpy2DAsync(out, T * row, in, Tin * row, T * row, B, cudaMemcpyDeviceToDevice,
+                           stream));
 }
 
 // out[b,t] = in[b,t]: din[b,t] = dout[b,t] for t < T, 0 after.
@@ -901,7 +964,8 @@ static void crop_backward(real *din, const real *dout, size_t B, size_t T, size_
 {
     size_t row = C * sizeof(real);
     device_zero(din, B * Tin * row);
-    CUDA(cudaMemcpy2DAsync(din, Tin * row, dout, T * row, T * row, B, cudaMemcpyDeviceToDevice));
+    CUDA(cudaMemcpy2DAsync(din, Tin * row, dout, T * row, T * row, B, cudaMemcpyDeviceToDevice,
+                           stream));
 }
 
 // Turns the pair (x_2j, x_2j+1) of a row at position p by the angle p theta_j, whose cosine and
@@ -2212,11 +2276,11 @@ static double sum_squares(const accum *x, size_t n)
 #ifdef MOE_MPI
 static void all_reduce(accum *x, size_t n)
 {
-    NCCL(ncclAllReduce(x, x, n, ncclFloat, ncclSum, nccl, 0));
+    NCCL(ncclAllReduce(x, x, n, ncclFloat, ncclSum, nccl, stream));
 }
 static void all_reduce_load(int *load, size_t n)
 {
-    NCCL(ncclAllReduce(load, load, n, ncclInt, ncclSum, nccl, 0));
+    NCCL(ncclAllReduce(load, load, n, ncclInt, ncclSum, nccl, stream));
 }
 #endif
 

@@ -138,6 +138,8 @@ enum cudaError_t {
     cudaErrorNoDevice = 100,
     cudaErrorInvalidDevice = 101,
     cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorStreamCaptureImplicit = 906,
 };
 enum cudaMemcpyKind {
     cudaMemcpyHostToHost,
@@ -150,6 +152,11 @@ enum cudaFuncAttribute {
     cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
     cudaFuncAttributePreferredSharedMemoryCarveout = 9,
 };
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal,
+    cudaStreamCaptureModeThreadLocal,
+    cudaStreamCaptureModeRelaxed,
+};
 enum { cudaStreamDefault, cudaStreamNonBlocking, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 enum cudaDeviceAttr {
     cudaDevAttrMaxThreadsPerBlock = 1,
@@ -159,9 +166,13 @@ enum cudaDeviceAttr {
     cudaDevAttrComputeCapabilityMinor = 76,
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
-struct CUstream_st { int unused; };
+struct CUgraph_st { std::vector<std::function<void()>> nodes; };
+struct CUgraphExec_st : CUgraph_st {};
+struct CUstream_st { CUgraph_st *graph; }; // that is being recorded
 struct CUevent_st { timespec time; };
 typedef CUstream_st *cudaStream_t;
+typedef CUgraph_st *cudaGraph_t;
+typedef CUgraphExec_st *cudaGraphExec_t;
 typedef CUevent_st *cudaEvent_t;
 struct cudaDeviceProp {
     char name[256];
@@ -185,6 +196,10 @@ inline const char *cudaGetErrorString(cudaError_t e)
     case cudaErrorInvalidDevice: return "invalid device ordinal";
     case cudaErrorNoKernelImageForDevice:
         return "no kernel image is available for execution on the device";
+    case cudaErrorStreamCaptureUnsupported:
+        return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureImplicit:
+        return "operation would make the legacy stream depend on a capturing blocking stream";
     }
     return "unrecognized error code";
 }
@@ -196,7 +211,20 @@ inline cudaError_t cudaGetLastError()
     emu::m.error = 0;
     return e;
 }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+// What may not be done while a stream is recorded; and of a call that may, what is done later.
+#define EMU_NOT_RECORDED(error) \
+    if (emu::m.recorded) return emu_return(error)
+#define EMU_RECORD(stream, call) \
+    if (emu::m.recorded) { \
+        if (!stream || !stream->graph) return emu_return(cudaErrorStreamCaptureImplicit); \
+        emu::m.recorded->push_back([=] { call; }); \
+        return cudaSuccess; \
+    }
+inline cudaError_t cudaDeviceSynchronize()
+{
+    EMU_NOT_RECORDED(cudaErrorStreamCaptureUnsupported);
+    return cudaSuccess;
+}
 inline cudaError_t cudaDriverGetVersion(int *v)
 {
     *v = (int)emu::setting("EMU_DRIVER", CUDART_VERSION);
@@ -266,6 +294,7 @@ template <class T> cudaError_t cudaMalloc(T **p, size_t size, EMU_HERE)
 {
     using namespace emu;
     *p = nullptr;
+    EMU_NOT_RECORDED(cudaErrorStreamCaptureUnsupported);
     if (!size) return cudaSuccess;
     if (size > m.limit - m.used) return emu_return(cudaErrorMemoryAllocation);
     size_t pages = round_up(size, PAGE);
@@ -285,6 +314,7 @@ template <class T> cudaError_t cudaMalloc(T **p, size_t size, EMU_HERE)
 inline cudaError_t cudaFree(void *p)
 {
     using namespace emu;
+    EMU_NOT_RECORDED(cudaErrorStreamCaptureUnsupported);
     if (!p) return cudaSuccess;
     Allocation *a = find(p);
     if (!a || a->freed || a->data != p)
@@ -314,6 +344,7 @@ inline void emu_need_range(const char *what, const void *p, size_t size, bool de
 }
 inline cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind kind)
 {
+    EMU_NOT_RECORDED(cudaErrorStreamCaptureImplicit);
     if (!size) return cudaSuccess;
     bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
@@ -326,6 +357,7 @@ inline cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcp
 }
 inline cudaError_t cudaMemset(void *p, int value, size_t size)
 {
+    EMU_NOT_RECORDED(cudaErrorStreamCaptureImplicit);
     if (!size) return cudaSuccess;
     emu_need_range("cudaMemset", p, size, true);
     emu::Open open;
@@ -335,6 +367,7 @@ inline cudaError_t cudaMemset(void *p, int value, size_t size)
 inline cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch,
                                 size_t width, size_t height, cudaMemcpyKind kind)
 {
+    EMU_NOT_RECORDED(cudaErrorStreamCaptureImplicit);
     if (width > to_pitch || width > from_pitch) return emu_return(cudaErrorInvalidValue);
     emu::Open open; // all rows at once
     for (size_t i = 0; i < height; i++)
@@ -343,17 +376,20 @@ inline cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, siz
 }
 inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch,
                                      size_t width, size_t height, cudaMemcpyKind kind,
-                                     cudaStream_t = nullptr)
+                                     cudaStream_t s = nullptr)
 {
+    EMU_RECORD(s, cudaMemcpy2D(to, to_pitch, from, from_pitch, width, height, kind));
     return cudaMemcpy2D(to, to_pitch, from, from_pitch, width, height, kind);
 }
 inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind kind,
-                                   cudaStream_t = nullptr)
+                                   cudaStream_t s = nullptr)
 {
+    EMU_RECORD(s, cudaMemcpy(to, from, size, kind));
     return cudaMemcpy(to, from, size, kind);
 }
-inline cudaError_t cudaMemsetAsync(void *p, int value, size_t size, cudaStream_t = nullptr)
+inline cudaError_t cudaMemsetAsync(void *p, int value, size_t size, cudaStream_t s = nullptr)
 {
+    EMU_RECORD(s, cudaMemset(p, value, size));
     return cudaMemset(p, value, size);
 }
 template <class F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute what, int value)
@@ -377,11 +413,42 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned)
     return cudaStreamCreate(s);
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0)
 {
     return cudaSuccess;
 }
+
+// What a stream is given from Begin to End is not done, but stands in a graph with its arguments.
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode)
+{
+    if (!s || emu::m.recorded) return emu_return(cudaErrorStreamCaptureUnsupported);
+    s->graph = new CUgraph_st();
+    emu::m.recorded = &s->graph->nodes;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g)
+{
+    if (!s || !s->graph) return emu_return(cudaErrorInvalidValue);
+    *g = s->graph;
+    s->graph = nullptr, emu::m.recorded = nullptr;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long = 0)
+{
+    *e = new CUgraphExec_st();
+    (*e)->nodes = g->nodes;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t)
+{
+    EMU_NOT_RECORDED(cudaErrorStreamCaptureUnsupported);
+    for (auto &node : e->nodes) node();
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return cudaSuccess; }
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { delete e; return cudaSuccess; }
+
 inline cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = new CUevent_st(); return cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return cudaEventCreate(e); }
 inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
@@ -404,6 +471,7 @@ enum cublasStatus_t {
     CUBLAS_STATUS_SUCCESS,
     CUBLAS_STATUS_NOT_INITIALIZED,
     CUBLAS_STATUS_INVALID_VALUE = 7,
+    CUBLAS_STATUS_EXECUTION_FAILED = 13,
     CUBLAS_STATUS_NOT_SUPPORTED = 15
 };
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_OP_C };
@@ -421,15 +489,16 @@ enum cublasComputeType_t {
 enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT = -1, CUBLAS_GEMM_DEFAULT_TENSOR_OP = 99 };
 enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_16BF = 14 };
 typedef cudaDataType_t cudaDataType;
-struct cublasContext { int unused; };
+struct cublasContext { cudaStream_t stream; void *workspace; };
 typedef cublasContext *cublasHandle_t;
 
 inline const char *cublasGetStatusString(cublasStatus_t s)
 {
-    return s == CUBLAS_STATUS_SUCCESS         ? "CUBLAS_STATUS_SUCCESS"
-           : s == CUBLAS_STATUS_INVALID_VALUE ? "CUBLAS_STATUS_INVALID_VALUE"
-           : s == CUBLAS_STATUS_NOT_SUPPORTED ? "CUBLAS_STATUS_NOT_SUPPORTED"
-                                              : "CUBLAS_STATUS_NOT_INITIALIZED";
+    return s == CUBLAS_STATUS_SUCCESS            ? "CUBLAS_STATUS_SUCCESS"
+           : s == CUBLAS_STATUS_INVALID_VALUE    ? "CUBLAS_STATUS_INVALID_VALUE"
+           : s == CUBLAS_STATUS_NOT_SUPPORTED    ? "CUBLAS_STATUS_NOT_SUPPORTED"
+           : s == CUBLAS_STATUS_EXECUTION_FAILED ? "CUBLAS_STATUS_EXECUTION_FAILED"
+                                                 : "CUBLAS_STATUS_NOT_INITIALIZED";
 }
 inline cublasStatus_t cublasCreate(cublasHandle_t *h)
 {
@@ -437,16 +506,18 @@ inline cublasStatus_t cublasCreate(cublasHandle_t *h)
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasDestroy(cublasHandle_t h) { delete h; return CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t)
+inline cublasStatus_t cublasSetStream(cublasHandle_t h, cudaStream_t s)
 {
+    h->stream = s, h->workspace = nullptr;
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t)
 {
     return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t)
+inline cublasStatus_t cublasSetWorkspace(cublasHandle_t h, void *p, size_t)
 {
+    h->workspace = p;
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -494,7 +565,7 @@ inline cublasStatus_t cublasGemmStridedBatchedEx(
     const void *alpha, const void *A, cudaDataType_t a_type, int lda, long long a_stride,
     const void *B, cudaDataType_t b_type, int ldb, long long b_stride, const void *beta, void *C,
     cudaDataType_t c_type, int ldc, long long c_stride, int batch, cublasComputeType_t compute,
-    cublasGemmAlgo_t)
+    cublasGemmAlgo_t algo)
 {
     if (!h) return CUBLAS_STATUS_NOT_INITIALIZED;
     bool known = (a_type == CUDA_R_32F || a_type == CUDA_R_16BF) && a_type == b_type &&
@@ -505,6 +576,17 @@ inline cublasStatus_t cublasGemmStridedBatchedEx(
     if (m < 0 || n < 0 || k < 0 || batch < 0 || lda < (ta ? k : m) || lda < 1 ||
         ldb < (tb ? n : k) || ldb < 1 || ldc < m || ldc < 1)
         return CUBLAS_STATUS_INVALID_VALUE;
+    if (emu::m.recorded) {
+        if (!h->stream || !h->stream->graph) return CUBLAS_STATUS_EXECUTION_FAILED;
+        if (!h->workspace) emu::fail("cublasGemm is recorded, but has no cublasSetWorkspace");
+        float x = *(const float *)alpha, y = *(const float *)beta;
+        emu::m.recorded->push_back([=] {
+            cublasGemmStridedBatchedEx(h, ta, tb, m, n, k, &x, A, a_type, lda, a_stride, B, b_type,
+                                       ldb, b_stride, &y, C, c_type, ldc, c_stride, batch, compute,
+                                       algo);
+        });
+        return CUBLAS_STATUS_SUCCESS;
+    }
     emu::Open open;
     char text[96];
     snprintf(text, sizeof text, "cublasGemm of m %d, n %d, k %d, batch %d", m, n, k, batch);

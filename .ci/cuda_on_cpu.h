@@ -67,6 +67,7 @@ device, 8 GiB if nothing is said).
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <list>
 #include <map>
 #include <numeric>
@@ -202,6 +203,7 @@ struct Machine {
     int line = 0;
     void (*body)(const void *) = nullptr;
     const void *arguments = nullptr;
+    std::vector<std::function<void()>> *recorded = nullptr; // see cudaStreamBeginCapture
     // The order
     enum { FORWARD, REVERSE, SHUFFLE, AGREE } order = FORWARD, now = FORWARD;
     uint64_t seed = 1, random = 1;
@@ -756,6 +758,12 @@ void launch(const char *name, const char *file, int line, void (*kernel)(P...), 
     auto limit = m.shared_limit.find((const void *)kernel); // from cudaFuncSetAttribute
     if (shared > (limit == m.shared_limit.end() ? STATIC_SHARED : limit->second)) {
         m.error = 1; // cudaErrorInvalidValue
+        return;
+    }
+    if (m.recorded) {
+        m.recorded->push_back([=] {
+            launch(name, file, line, kernel, grid, block, shared, args...);
+        });
         return;
     }
     struct Call { void (*kernel)(P...); std::tuple<P...> args; } call = {kernel, {args...}};

@@ -547,6 +547,56 @@ static __global__ void too_much_shared(float *out)
     a[0] = b[0] = 1, *out = a[0];
 }
 
+static void test_graphs()
+{
+    cudaStream_t s;
+    cudaGraph_t g = nullptr;
+    cudaGraphExec_t e;
+    cublasHandle_t h;
+    float *x = device(std::vector<float>{1, 2, 3, 4}), *y = device(std::vector<float>(4, 7.0f));
+    float two = 2, zero = 0, *p;
+    cudaStreamCreate(&s);
+    cublasCreate(&h);
+    cublasSetStream(h, s);
+    auto gemm = [&] { // y = 2 x x, of 2 x 2 numbers
+        return cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 2, &two, x, CUDA_R_32F, 2, x,
+                            CUDA_R_32F, 2, &zero, y, CUDA_R_32F, 2, CUBLAS_COMPUTE_32F,
+                            CUBLAS_GEMM_DEFAULT);
+    };
+    caught("cuBLAS recorded without memory of its own", {"has no cublasSetWorkspace"}, [&] {
+        cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal);
+        gemm();
+    });
+    cublasSetWorkspace(h, x, 16);
+    cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal);
+    check(cudaMalloc(&p, 4) == cudaErrorStreamCaptureUnsupported &&
+              cudaFree(x) == cudaErrorStreamCaptureUnsupported &&
+              cudaDeviceSynchronize() == cudaErrorStreamCaptureUnsupported &&
+              cudaMemcpy(&two, x, 4, cudaMemcpyDeviceToHost) == cudaErrorStreamCaptureImplicit &&
+              cudaMemsetAsync(x, 0, 4) == cudaErrorStreamCaptureImplicit,
+          "what may not be done while a stream is recorded");
+    cudaGetLastError();
+    gemm();
+    two = 3; // comes too late
+    cudaMemcpyAsync(x, y, 8, cudaMemcpyDeviceToDevice, s);
+    LAUNCH(touch, 1, 1, 0, y, 3, true);
+    cudaMemsetAsync(y, 0, 4, s);
+    cudaStreamEndCapture(s, &g);
+    check(host(y, 4) == std::vector<float>(4, 7.0f), "what is recorded is not done");
+    cudaGraphInstantiate(&e, g, 0);
+    cudaGraphDestroy(g);
+    cudaGraphLaunch(e, s);
+    check(host(y, 4) == std::vector<float>{0, 20, 30, 1} &&
+              host(x, 4) == std::vector<float>{14, 20, 3, 4}, "a graph is launched");
+    cudaGraphLaunch(e, s);
+    check(host(y, 4)[1] == 2 * (14 * 20 + 20 * 4) && host(x, 4)[0] == 2 * (14 * 14 + 20 * 3),
+          "a graph is launched again");
+    cudaFree(y);
+    caught("a graph that was recorded with memory freed since", {"use after cudaFree"},
+           [&] { cudaGraphLaunch(e, s); });
+    cudaGraphExecDestroy(e), cudaStreamDestroy(s), cublasDestroy(h), cudaFree(x);
+}
+
 static void plant_memory_bugs()
 {
     float *x = device(std::vector<float>(1001, 1.0f)), *y = device_new<float>(1001);
@@ -882,6 +932,7 @@ int main()
     test_bfloat16();
     test_gemm();
     test_runtime();
+    test_graphs();
     plant_memory_bugs();
     plant_meeting_bugs();
     plant_races();

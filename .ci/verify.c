@@ -579,14 +579,19 @@ static void golden_case(size_t which)
     }
     snprintf(case_name, sizeof case_name, "decode %s", name);
     Decoder d = decoder_make(&m, 2, 9, 8, 8, 40); // two texts, a window that turns
+    int comparable = sizeof(real) == sizeof(accum) || !c.E || c.dense == c.L;
     for (int at = 0; at < 24; at += 4) {
         int token[8], slot[8], pos[8];
         for (int i = 0; i < 8; i++)
             slot[i] = i / 4, pos[i] = at + i % 4, token[i] = text[at + i % 4 + 40 * slot[i]];
         decode(&d, token, slot, pos, 8);
+        if (at == 20 && comparable) keep_array("logits", REAL, d.a.logits, 8 * c.V);
+        for (int i = 0; i < 8; i++) token[i] = text[at + i % 4 + 40 * slot[i] + 1];
+        if (c.D) decode_mtp(&d, token, 8);
+        // what is recorded by now knows scratch where it is no more
+        if (at == 8) scratch((which + 8) << 22);
     }
-    if (sizeof(real) == sizeof(accum) || !c.E || c.dense == c.L)
-        keep_array("logits", REAL, d.a.logits, 8 * c.V);
+    if (c.D && comparable) keep_array("MTP logits", REAL, d.a.logits, 8 * c.V);
     decoder_free(&d);
     acts_free(&a);
     model_free(&m);
@@ -613,8 +618,7 @@ static void training(const char *name, int muon, Config c, size_t B, size_t T, s
             tokens_copy(tokens + b * (T + 1),
                         text.bytes + window_start(1, step * B + b, text.n, T), T + 1);
         acts_load(&a, tokens);
-        model_forward(&m, &a);
-        model_backward(&m, &a, 1);
+        model_forward_backward(&m, &a, 1);
         optimizer_count_load(&o, &m, &a);
         loss->data[step / each] += (float)(model_losses(&m, &a).total / (double)each);
         optimizer_step(&o, &m, &r, grad_norm(&m));
