@@ -116,9 +116,12 @@ PRECISION = bf16
 NVCC := $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
     sed -n '1s/\([0-9]*\)\.\([0-9]\)/sm_\1\2/p')
-CUDA = $(NVCC) -std=c++17 -O3 -arch=$(GPU_ARCH) -Xcompiler "$(filter -fopenmp,$(OPENMP))" \
-    -diag-suppress 177,550
-EMULATE = $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas
+# Hopper, sm_90, has instructions of its own (sm_90a), as the emulation; HOPPER= does without.
+HOPPER = -DMOE_HOPPER
+SM_90A = -gencode arch=compute_90a,code=sm_90a $(HOPPER)
+CUDA = $(NVCC) -std=c++17 -O3 $(if $(filter sm_90 sm_90a,$(GPU_ARCH)),$(SM_90A),-arch=$(GPU_ARCH)) \
+    -Xcompiler "$(filter -fopenmp,$(OPENMP))" -diag-suppress 177,550
+EMULATE = $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas $(HOPPER)
 FLOAT = $(if $(filter fp32,$(PRECISION)),-DMOE_FP32)
 
 gpu:

@@ -19,9 +19,14 @@ At each kernel stands what it moves and computes. Bytes are of real (2 in bfloat
 #define MOE_CUDA
 #ifndef MOE_FP32
 #define MOE_BF16
+#else
+#undef MOE_HOPPER // whose instructions are for bfloat16
 #endif
 #ifdef __CUDACC__
 #include <cublas_v2.h>
+#ifdef MOE_HOPPER
+#include <cuda.h>
+#endif
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #ifdef MOE_MPI
@@ -82,7 +87,7 @@ static void cublas_check(cublasStatus_t status, const char *call)
     kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__)
 #define SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 #define DYNAMIC_SHARED(type, name) \
-    extern __shared__ __align__(16) unsigned char shared_bytes[]; \
+    extern __shared__ __align__(1024) unsigned char shared_bytes[]; \
     type *name = (type *)shared_bytes
 
 #ifdef MOE_BF16
@@ -133,6 +138,176 @@ template <int N> __device__ static void cp_async_wait(void)
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 }
 #endif // MOE_BF16
+
+#ifdef MOE_HOPPER
+// Barriers in shared memory, of which each phase ends with so many arrivals and with all the bytes
+// that were expected.
+__device__ static void mbarrier_init(uint64_t *b, int arrivals)
+{
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;"
+                 :: "r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+
+// After the inits, before __syncthreads.
+__device__ static void mbarrier_init_done(void)
+{
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ static void mbarrier_arrive(uint64_t *b)
+{
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
+}
+
+__device__ static void mbarrier_expect(uint64_t *b, int bytes) // arrives, too
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
+                 :: "r"(shared_address(b)), "r"(bytes) : "memory");
+}
+
+// Waits for the end of phases 0, 2, 4, .. (parity 0) or 1, 3, .. (1), if such a one is under way.
+__device__ static void mbarrier_wait(uint64_t *b, int parity)
+{
+    int done = 0;
+    while (!done)
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; "
+                     "selp.s32 %0, 1, 0, p;}"
+                     : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
+}
+
+// The tensor memory accelerator copies boxes of a matrix x[rows, cols] to shared memory, as many
+// rows as the map says of 64 numbers, with zeros where the matrix ends. Of row r the 16 bytes at
+// place i stand at place i ^ r % 8, so that those of a column are not all in the same banks.
+typedef CUtensorMap TensorMap;
+
+static TensorMap tensor_map(const real *x, size_t rows, size_t cols, size_t ld, int box_rows)
+{
+    static decltype(&cuTensorMapEncodeTiled) encode;
+    cudaDriverEntryPointQueryResult found;
+    TensorMap map;
+    cuuint64_t sizes[2] = {cols, rows}, stride = ld * sizeof(real);
+    cuuint32_t box[2] = {64, (cuuint32_t)box_rows}, steps[2] = {1, 1};
+    if (!encode)
+#if CUDART_VERSION >= 12050
+        CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000,
+                                              cudaEnableDefault, &found));
+#else
+        CUDA(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&encode, cudaEnableDefault,
+                                     &found));
+#endif
+    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)x, sizes, &stride, box, steps,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
+        die(FAILED, "cuTensorMapEncodeTiled refuses a matrix of %zu x %zu", rows, cols);
+    return map;
+}
+
+// Begins to copy the box at x[row, col]; it arrives at b.
+__device__ static void tma_load(real *to, const TensorMap *map, int col, int row, uint64_t *b)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];"
+                 :: "r"(shared_address(to)), "l"(map), "r"(col), "r"(row), "r"(shared_address(b))
+                 : "memory");
+}
+
+// What wgmma reads: boxes of 64 numbers times any number of rows; the next is `next` bytes on.
+__device__ static uint64_t wgmma_operand(const real *x, int next)
+{
+    return (uint64_t)(shared_address(x) >> 4 & 0x3fff) | (uint64_t)(next >> 4) << 16 |
+           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+// d[64,n] += a[64,16] b[16,n] by four warps, 16 rows each, spread as by mma_16x8x16. a is stored
+// [64,16] or, A_T, [16,64], or it is in registers; b [n,16] or, B_T, [16,n].
+#define R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define R16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define R32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define R48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define R64 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define R96 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, " \
+            "%110, %111"
+#define R112 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, " \
+             "%125, %126, %127"
+#define R80 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define D16(i) D4(i), D4(i + 1), D4(i + 2), D4(i + 3)
+#define WGMMA(N, registers, operands, operands_a_in_registers, ...) \
+    template <bool A_T, bool B_T, bool ADD = true> \
+    __device__ static void wgmma(float (&d)[N / 8][4], const real *a, const real *b, int next) \
+    { \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" registers "}, " \
+                     operands ";" : __VA_ARGS__ \
+                     : "l"(wgmma_operand(a, next)), "l"(wgmma_operand(b, next)), "n"(A_T), \
+                       "n"(B_T), "n"(ADD)); \
+    } \
+    template <bool B_T> \
+    __device__ static void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], const real *b, \
+                                 int next) \
+    { \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" registers "}, " \
+                     operands_a_in_registers ";" : __VA_ARGS__ \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_operand(b, next)), \
+                       "n"(B_T)); \
+    }
+WGMMA(64, R0 ", " R16, "%32, %33, %36, 1, 1, %34, %35", "{%32, %33, %34, %35}, %36, 1, 1, 1, %37",
+      D16(0), D16(4))
+WGMMA(128, R0 ", " R16 ", " R32 ", " R48, "%64, %65, %68, 1, 1, %66, %67",
+      "{%64, %65, %66, %67}, %68, 1, 1, 1, %69", D16(0), D16(4), D16(8), D16(12))
+WGMMA(192, R0 ", " R16 ", " R32 ", " R48 ", " R64 ", " R80, "%96, %97, %100, 1, 1, %98, %99",
+      "{%96, %97, %98, %99}, %100, 1, 1, 1, %101", D16(0), D16(4), D16(8), D16(12), D16(16),
+      D16(20))
+
+WGMMA(256, R0 ", " R16 ", " R32 ", " R48 ", " R64 ", " R80 ", " R96 ", " R112,
+      "%128, %129, %132, 1, 1, %130, %131", "{%128, %129, %130, %131}, %132, 1, 1, 1, %133", D16(0),
+      D16(4), D16(8), D16(12), D16(16), D16(20), D16(24), D16(28))
+
+// A series of wgmma on d begins with a fence; it goes on while the threads do something else, until
+// at most PENDING of the series that were committed are under way.
+template <int N> __device__ static void wgmma_fence(float (&d)[N][4])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : D4(i) :: "memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ static void wgmma_commit(void)
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int PENDING, int N> __device__ static void wgmma_wait(float (&d)[N][4])
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : D4(i) :: "memory");
+}
+
+// Four warps take or give back registers, so that each thread has N.
+template <int N> __device__ static void take_registers(void)
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
+}
+template <int N> __device__ static void give_registers(void)
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
+}
+
+// What this thread stored in shared memory is what wgmma reads from now on.
+__device__ static void wgmma_see_shared(void) { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Adds x and y to what stands at `to`, in L2, without waiting for it.
+__device__ static void add_two(float *to, float x, float y)
+{
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(x), "f"(y) : "memory");
+}
+__device__ static void add_two(real *to, float x, float y)
+{
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    asm volatile("red.global.add.noftz.bf16x2 [%0], %1;" :: "l"(to), "r"(pair) : "memory");
+}
+#endif // MOE_HOPPER
 #endif // __CUDACC__
 
 // Starts a kernel with `bytes` of dynamic shared memory. An empty grid does nothing.
@@ -231,6 +406,7 @@ static void to_host(void *to, const void *from, size_t bytes)
 static void reals_to_device(real *to, const accum *from, size_t n)
 {
     real *rounded = (real *)host_alloc(n, sizeof(real));
+    #pragma omp parallel for
     for (size_t i = 0; i < n; i++) rounded[i] = (real)from[i];
     to_device(to, rounded, n * sizeof(real));
     free(rounded);
@@ -385,6 +561,15 @@ template <bool MAX> __device__ static float block_reduce(float x)
     x = lane < warps ? part[lane] : MAX ? -INFINITY : 0;
     return MAX ? warp_max(x) : warp_sum(x);
 }
+
+#ifdef __CUDACC__
+__device__ static float exp2_approx(float x) // to 2 ulp
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#endif
 
 __device__ static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
@@ -599,40 +784,43 @@ template <bool A_T, bool B_T> static size_t tile_bytes(void) { return 0; }
 
 #endif
 
+// The group in which a tile of rows lies, and the tile's first row; -1 if there are fewer tiles. By
+// a warp, 32 groups at a time.
+__device__ static int find_tile(int *row, const int *offsets, int groups, int tile)
+{
+    int lane = (int)threadIdx.x % WARP, before = 0;
+    for (int e0 = 0; e0 < groups; e0 += WARP) {
+        int e = e0 + lane, end;
+        int mine = e < groups ? (offsets[e + 1] - offsets[e] + TILE - 1) / TILE : 0;
+        end = mine;
+        for (int d = 1; d < WARP; d *= 2) {
+            int other = __shfl_up_sync(~0u, end, d);
+            if (lane >= d) end += other;
+        }
+        unsigned above = __ballot_sync(~0u, before + end > tile);
+        if (above) {
+            int first = __ffs((int)above) - 1;
+            int skipped = before + __shfl_sync(~0u, end - mine, first);
+            *row = offsets[e0 + first] + (tile - skipped) * TILE;
+            return e0 + first;
+        }
+        before += __shfl_sync(~0u, end, WARP - 1);
+    }
+    return -1;
+}
+
 // Blocks [tiles of rows, of all groups together at most; tiles of n].
 template <bool B_T>
 __global__ void __launch_bounds__(TILE_THREADS, 2)
 grouped_rows_kernel(real *c, const real *a, const real *w, const int *offsets, int groups, int n,
                     int k, int add, int wide)
 {
-    SHARED(int, found, );
-    SHARED(int, skipped, );
-    int tile = (int)blockIdx.y, lane = (int)threadIdx.x;
-    if (threadIdx.x < WARP) { // one warp looks where tile lies, 32 groups at a time
-        int before = 0, group = -1;
-        for (int e0 = 0; e0 < groups && group < 0; e0 += WARP) {
-            int e = e0 + lane, end = 0;
-            int mine = e < groups ? (offsets[e + 1] - offsets[e] + TILE - 1) / TILE : 0;
-            end = mine;
-            for (int d = 1; d < WARP; d *= 2) {
-                int other = __shfl_up_sync(~0u, end, d);
-                if (lane >= d) end += other;
-            }
-            unsigned above = __ballot_sync(~0u, before + end > tile);
-            int first = above ? __ffs((int)above) - 1 : WARP - 1;
-            if (above) group = e0 + first;
-            int total = __shfl_sync(~0u, end, first), last = __shfl_sync(~0u, mine, first);
-            before += above ? total - last : total;
-        }
-        if (lane == 0) found = group, skipped = before;
-    }
-    __syncthreads();
-    if (found < 0) return; // fewer tiles than there might have been
-    int row = offsets[found] + (tile - skipped) * TILE, rows = offsets[found + 1] - row;
+    int row = 0, e = find_tile(&row, offsets, groups, (int)blockIdx.y);
     int col = (int)blockIdx.x * TILE;
-    const real *b = w + (size_t)found * n * k + (size_t)col * (B_T ? k : 1);
+    if (e < 0) return;
+    const real *b = w + (size_t)e * n * k + (size_t)col * (B_T ? k : 1);
     gemm_tile<false, B_T>(c + (size_t)row * n + col, n, a + (size_t)row * k, k, b, B_T ? k : n,
-                          rows, n - col, k, add, wide);
+                          offsets[e + 1] - row, n - col, k, add, wide);
 }
 
 // Blocks [tiles of I, tiles of O, groups].
@@ -647,6 +835,150 @@ grouped_weights_kernel(accum *dw, const real *dout, const real *x, const int *of
                            dout + (size_t)begin * O + o, O, x + (size_t)begin * I + i, I, O - o,
                            I - i, rows, 1, wide);
 }
+
+#ifdef MOE_HOPPER
+// The same on Hopper. Blocks stay and take one tile after the other. A ninth warp of each has
+// strips of 64 along k brought to shared memory, some ahead and on into the next tile; two times
+// four warps multiply them from there, 64 rows of the tile each.
+enum { BOX = 64, BOX_SIZE = BOX * BOX, WGMMA_THREADS = 2 * 128 + WARP };
+template <int N> constexpr int strip_size = (TILE + N) * BOX;
+template <int N> constexpr int strips = N > 128 ? 4 : 3; // what shared memory holds of them
+template <int N> constexpr int blocks_each = N > 128 ? 1 : 2; // of a multiprocessor
+
+// A tile of c: where it begins in c, a and b, and how many m, n and k there are from there.
+typedef struct {
+    size_t c;
+    int a_m, a_k, b_n, b_k, m, n, k;
+} Place;
+
+// The nth of the groups that have rows, or -1. By a warp.
+__device__ static int nth_group(const int *offsets, int groups, int n)
+{
+    for (int e0 = 0; e0 < groups; e0 += WARP) {
+        int e = e0 + (int)threadIdx.x % WARP;
+        unsigned some = __ballot_sync(~0u, e < groups && offsets[e + 1] > offsets[e]);
+        for (; some; some &= some - 1)
+            if (n-- == 0) return e0 + __ffs((int)some) - 1;
+    }
+    return -1;
+}
+
+// The tile of x W^T or dout W or, A_T, of dout^T x. Returns 0 if there are fewer. By a warp.
+template <int N, bool A_T, bool B_T>
+__device__ static int place_tile(Place *p, int tile, const int *offsets, int groups, int m, int n,
+                                 int k)
+{
+    int across = (n + N - 1) / N, col = tile % across * N, row = 0, e;
+    if (A_T) {
+        int down = (m + TILE - 1) / TILE;
+        e = nth_group(offsets, groups, tile / across / down), row = tile / across % down * TILE;
+        if (e < 0) return 0;
+        int begin = offsets[e];
+        *p = {((size_t)e * m + row) * n + col, row, begin, col, begin, m - row, n - col,
+              offsets[e + 1] - begin};
+    } else {
+        e = find_tile(&row, offsets, groups, tile / across);
+        if (e < 0) return 0;
+        *p = {(size_t)row * n + col, row, 0, B_T ? e * n + col : col, B_T ? 0 : e * k,
+              offsets[e + 1] - row, n - col, k};
+    }
+    return 1;
+}
+
+// SIZE numbers along m times 64 along k of an operand, that stand [m,k] or, T, [k,m].
+template <bool T, int SIZE>
+__device__ static void load_strip(real *to, const TensorMap *x, int m, int k, uint64_t *arrives)
+{
+    if (!T) tma_load(to, x, k, m, arrives);
+    for (int i = 0; T && i < SIZE; i += BOX) tma_load(to + i * BOX, x, m + i, k, arrives);
+}
+
+template <int N, bool A_T, bool B_T, typename Out>
+__global__ void __launch_bounds__(WGMMA_THREADS, blocks_each<N>)
+wgmma_kernel(Out *c, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+             const int *offsets, int groups, int m, int n, int k, int add)
+{
+    constexpr int AHEAD = strips<N>;
+    DYNAMIC_SHARED(real, shared); // [AHEAD, strip_size]
+    SHARED(uint64_t, full, [AHEAD]);
+    SHARED(uint64_t, empty, [AHEAD]);
+    SHARED(uint64_t, cut, );
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, at = 0, round = 0, cuts = 0;
+    Place p;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < AHEAD; i++) mbarrier_init(&full[i], 1), mbarrier_init(&empty[i], 8);
+        mbarrier_init(&cut, 1);
+        mbarrier_init_done();
+    }
+    __syncthreads();
+    for (int tile = (int)blockIdx.x;
+         place_tile<N, A_T, B_T>(&p, tile, offsets, groups, m, n, k); tile += (int)gridDim.x) {
+        if (warp == 8) {
+            for (int left = p.k; left > 0; left -= BOX) {
+                int from = p.k - left, tail = A_T && left < BOX; // of k that are rows
+                real *to = shared + at * strip_size<N>;
+                uint64_t *arrives = tail ? &cut : &full[at];
+                mbarrier_wait(&empty[at], round ^ 1);
+                if (lane == 0) {
+                    mbarrier_expect(arrives, strip_size<N> * sizeof(real));
+                    load_strip<A_T, TILE>(to, &a, p.a_m, p.a_k + from, arrives);
+                    load_strip<!B_T, N>(to + TILE * BOX, &b, p.b_n, p.b_k + from, arrives);
+                }
+                if (tail) { // the rows of the next group have come, too
+                    mbarrier_wait(&cut, cuts++ % 2);
+                    for (int i = left * BOX + lane * 8; i < BOX_SIZE; i += WARP * 8)
+                        for (int j = 0; j < TILE * BOX; j += BOX_SIZE)
+                            store<8>(to + i + j, Pack<real, 8>{});
+                    wgmma_see_shared();
+                    __syncwarp();
+                    if (lane == 0) mbarrier_arrive(&full[at]);
+                }
+                if (++at == AHEAD) at = 0, round ^= 1;
+            }
+            continue;
+        }
+        int first = warp / 4 * BOX;
+        float acc[N / 8][4] = {};
+        for (int left = p.k; left > 0; left -= BOX) {
+            const real *as = shared + at * strip_size<N> + first * BOX;
+            const real *bs = shared + at * strip_size<N> + TILE * BOX;
+            mbarrier_wait(&full[at], round);
+            wgmma_fence(acc);
+#pragma unroll
+            for (int i = 0; i < BOX; i += 16)
+                wgmma<A_T, !B_T>(acc, as + (A_T ? i * BOX : i), bs + (B_T ? i : i * BOX),
+                                 BOX_SIZE * sizeof(real));
+            wgmma_commit();
+            wgmma_wait<0>(acc);
+            if (lane == 0) mbarrier_arrive(&empty[at]);
+            if (++at == AHEAD) at = 0, round ^= 1;
+        }
+        int row = first + warp % 4 * 16 + lane / 4, col = lane % 4 * 2;
+        Out *to = c + p.c + (size_t)row * n + col;
+#pragma unroll
+        for (int j = 0; j < N / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                if (row + e * 4 >= p.m || col + 8 * j >= p.n) continue; // n is even
+                Out *two = to + (size_t)(e * 4) * n + 8 * j;
+                if (add) add_two(two, acc[j][e], acc[j][e + 1]); // only this thread does
+                else store<2>(two, Pack<Out, 2>{{(Out)acc[j][e], (Out)acc[j][e + 1]}});
+            }
+    }
+}
+
+template <int N, bool A_T, bool B_T, typename Out>
+static void wgmma_grouped(Out *c, TensorMap a, TensorMap b, Rows r, size_t m, size_t n, size_t k,
+                          int add)
+{
+    static int processors;
+    if (!processors)
+        CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
+    RUN_KERNEL((wgmma_kernel<N, A_T, B_T, Out>), (unsigned)(processors * blocks_each<N>),
+               WGMMA_THREADS, strips<N> * strip_size<N> * sizeof(real), c, a, b, r.offsets,
+               (int)r.groups, (int)m, (int)n, (int)k, add);
+}
+#endif // MOE_HOPPER
 
 // out = x W^T for as few rows as one token has, whose time is that of reading the weights: a warp
 // an output of a row, 2 I FLOPs for I numbers of w. Blocks [outputs, rows].
@@ -666,7 +998,7 @@ __global__ void few_rows_kernel(real *out, const real *x, const real *w, const i
     }
     const real *wo = w + ((size_t)low * O + o) * I, *xn = x + (size_t)row * I;
     float sum = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (size_t i = (size_t)lane * W; i < I; i += WARP * W) {
         Pack<real, W> a = load<W>(wo + i), b = load<W>(xn + i);
         for (int j = 0; j < W; j++) sum += (float)a.x[j] * (float)b.x[j];
@@ -700,6 +1032,14 @@ static void matmul_forward(real *out,     // [rows, O], set or added to
         gemm(out, O, x, 0, I, w, 1, I, r.rows, O, I, mode == ADD ? 1.0f : 0.0f);
         return;
     }
+#ifdef MOE_HOPPER
+    if ((O | I) % WIDE == 0) {
+        wgmma_grouped<256, false, true>(out, tensor_map(x, r.rows, I, I, TILE),
+                                        tensor_map(w, r.groups * O, I, I, 256), r, 0, O, I,
+                                        mode == ADD);
+        return;
+    }
+#endif
     RUN_KERNEL(grouped_rows_kernel<true>, dim3(grid_of(O, TILE), most_tiles(r)), TILE_THREADS,
                (tile_bytes<false, true>()), out, x, w, r.offsets, (int)r.groups, (int)O, (int)I,
                mode == ADD, I % WIDE == 0);
@@ -715,6 +1055,14 @@ static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r,
         gemm(dx, I, dout, 0, O, w, 0, I, r.rows, I, O, mode == ADD ? 1.0f : 0.0f);
         return;
     }
+#ifdef MOE_HOPPER
+    if ((O | I) % WIDE == 0) {
+        wgmma_grouped<256, false, false>(dx, tensor_map(dout, r.rows, O, O, TILE),
+                                         tensor_map(w, r.groups * O, I, I, BOX), r, 0, I, O,
+                                         mode == ADD);
+        return;
+    }
+#endif
     RUN_KERNEL(grouped_rows_kernel<false>, dim3(grid_of(I, TILE), most_tiles(r)), TILE_THREADS,
                (tile_bytes<false, false>()), dx, dout, w, r.offsets, (int)r.groups, (int)I, (int)O,
                mode == ADD, (O | I) % WIDE == 0);
@@ -730,6 +1078,13 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
         gemm(dw, I, dout, 1, O, x, 0, I, O, I, r.rows, 1);
         return;
     }
+#ifdef MOE_HOPPER
+    if ((O | I) % WIDE == 0) {
+        wgmma_grouped<128, true, false>(dw, tensor_map(dout, r.rows, O, O, BOX),
+                                        tensor_map(x, r.rows, I, I, BOX), r, O, I, 0, 1);
+        return;
+    }
+#endif
     RUN_KERNEL(grouped_weights_kernel,
                dim3(grid_of(I, TILE), grid_of(O, TILE), (unsigned)r.groups), TILE_THREADS,
                (tile_bytes<true, false>()), dw, dout, x, r.offsets, (int)O, (int)I,
@@ -778,7 +1133,7 @@ __global__ void rmsnorm_backward_kernel(real *dx, float *dw_part, const real *do
                                         const real *w, const accum *rstd, size_t N, size_t C,
                                         size_t ld_dout, size_t ld_x, int add)
 {
-    float *part = dw_part + blockIdx.x * C;
+    DYNAMIC_SHARED(float, part); // [C]
     for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W)
         for (int j = 0; j < W; j++) part[i + j] = 0;
     for (size_t n = blockIdx.x; n < N; n += gridDim.x) {
@@ -802,15 +1157,23 @@ __global__ void rmsnorm_backward_kernel(real *dx, float *dw_part, const real *do
             store<W>(dxn + i, to);
         }
     }
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W)
+        for (int j = 0; j < W; j++) dw_part[blockIdx.x * C + i + j] = part[i + j];
 }
 
-// out[i] += sum_p part[p, i].
+// out[i] += sum_p part[p, i]. A block has 32 columns, each of its warps an eighth of the parts.
 __global__ void add_parts_kernel(float *out, const float *part, size_t parts, size_t n)
 {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    enum { WARPS = BLOCK / WARP };
+    SHARED(float, sums, [WARPS][WARP]);
+    size_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, i = blockIdx.x * WARP + lane;
     float sum = 0;
-    if (i >= n) return;
-    for (size_t p = 0; p < parts; p++) sum += part[p * n + i];
+#pragma unroll 8
+    for (size_t p = warp; p < parts && i < n; p += WARPS) sum += part[p * n + i];
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || i >= n) return;
+    for (int w = 1; w < WARPS; w++) sum += sums[w][lane];
     out[i] += sum;
 }
 
@@ -822,9 +1185,9 @@ static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *
     size_t parts = min_size(N, 528); // four blocks for each multiprocessor of an H100
     float *part = (float *)scratch(parts * C * sizeof(float));
     RUN_WIDE(C | ld_dout | ld_x, AT(dx) | AT(dout) | AT(x) | AT(w), rmsnorm_backward_kernel,
-             grid_of(parts, 1), row_threads(C), 0, dx, part, dout, x, w, rstd, N, C, ld_dout,
-             ld_x, mode == ADD);
-    RUN_KERNEL(add_parts_kernel, grid_of(C, BLOCK), BLOCK, 0, dw, part, parts, C);
+             grid_of(parts, 1), row_threads(C), C * sizeof(float), dx, part, dout, x, w, rstd, N,
+             C, ld_dout, ld_x, mode == ADD);
+    RUN_KERNEL(add_parts_kernel, grid_of(C, WARP), BLOCK, 0, dw, part, parts, C);
 }
 
 // act = silu(gate) * up, silu(z) = z sigmoid(z). Reads 2, writes 1.
@@ -909,33 +1272,44 @@ __global__ void embedding_first_kernel(int *first, const int *token, size_t N)
 // out[n] = w[token[n]]: dw[token[n]] += dout[n]. A block has the first n of its token and a strip
 // of columns; each of its warps adds up an eighth of the rows of that token, then the sums are
 // added in order. Reads C a row, adds 4 C bytes a token; the tokens themselves come from L2.
+enum { EMBED_PACKS = 8 }; // of a lane
+
 template <int W>
 __global__ void embedding_backward_kernel(accum *dw, const real *dout, const int *token,
                                           const int *first, size_t N, size_t C)
 {
     enum { WARPS = BLOCK / WARP };
     SHARED(float, part, [WARPS][WARP * W]);
-    size_t n = blockIdx.x, strip = (size_t)blockIdx.y * WARP * W;
+    size_t n = blockIdx.x, strip = (size_t)blockIdx.y * EMBED_PACKS * WARP * W;
     if (!first[n]) return;
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, mine = token[n];
     size_t share = ((N - n) / WARPS / WARP + 1) * WARP, begin = n + warp * share;
-    size_t end = begin + share < N ? begin + share : N, col = strip + (size_t)lane * W;
-    float sum[W] = {};
+    size_t end = begin + share < N ? begin + share : N;
+    float sum[EMBED_PACKS][W] = {};
     for (size_t i = begin; i < end; i += WARP) {
         unsigned same = __ballot_sync(~0u, i + lane < end && token[i + lane] == mine);
         for (; same; same &= same - 1) {
             size_t row = i + (size_t)__ffs((int)same) - 1;
-            if (col >= C) continue;
-            Pack<real, W> d = load<W>(dout + row * C + col);
-            for (int j = 0; j < W; j++) sum[j] += (float)d.x[j];
+#pragma unroll
+            for (int p = 0; p < EMBED_PACKS; p++) {
+                size_t col = strip + (size_t)(p * WARP + lane) * W;
+                if (col >= C) continue;
+                Pack<real, W> d = load<W>(dout + row * C + col);
+                for (int j = 0; j < W; j++) sum[p][j] += (float)d.x[j];
+            }
         }
     }
-    for (int j = 0; j < W; j++) part[warp][lane * W + j] = sum[j];
-    __syncthreads();
-    for (size_t i = threadIdx.x; i < WARP * W && strip + i < C; i += BLOCK) {
-        float all = 0;
-        for (int p = 0; p < WARPS; p++) all += part[p][i];
-        dw[(size_t)mine * C + strip + i] += all;
+#pragma unroll
+    for (int p = 0; p < EMBED_PACKS; p++, strip += WARP * W) {
+        if (strip >= C) return;
+        __syncthreads(); // the strip before has been added
+        for (int j = 0; j < W; j++) part[warp][lane * W + j] = sum[p][j];
+        __syncthreads();
+        for (size_t i = threadIdx.x; i < WARP * W && strip + i < C; i += BLOCK) {
+            float all = 0;
+            for (int w = 0; w < WARPS; w++) all += part[w][i];
+            dw[(size_t)mine * C + strip + i] += all;
+        }
     }
 }
 
@@ -945,7 +1319,8 @@ static void embedding_backward(accum *dw, const real *dout, const int *token, si
     int *first = (int *)scratch(N * sizeof(int));
     RUN_KERNEL(embedding_first_kernel, grid_of(N, BLOCK / WARP), BLOCK, 0, first, token, N);
     RUN_WIDE(C, AT(dout), embedding_backward_kernel,
-             dim3((unsigned)N, grid_of(C, WARP * (C % WIDE || AT(dout) % 16 ? 1 : WIDE))), BLOCK,
+             dim3((unsigned)N, grid_of(C, EMBED_PACKS * WARP *
+                                              (C % WIDE || AT(dout) % 16 ? 1 : WIDE))), BLOCK,
              0, dw, dout, token, first, N, C);
 }
 
@@ -1479,6 +1854,313 @@ flash_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *dout, 
                s.wide);
 }
 
+#ifdef MOE_HOPPER
+// The same by wgmma, for the heads of the released models: a block has OWN rows, 64 for each of two
+// times four warps. A ninth has the rows that pass by brought to shared memory, some ahead, and the
+// registers of three more warps are shared out among the eight.
+enum { HEAD_QK = 192, HEAD_V = 128, HEAD_KV = 256, HEAD_SIZES = HEAD_QK + HEAD_V };
+enum { OWN = 128, PASS_FORWARD = 128, PASS_BACKWARD = 64, PASSES = 3, ATTENTION_WARPS = 12 };
+
+typedef struct {
+    TensorMap q, o, kv, k_pe; // of all heads; o: dout
+} HeadMaps;
+
+static HeadMaps head_maps(const real *q, const real *o, const real *kv, const real *k_pe, size_t N,
+                          size_t NH)
+{
+    size_t Cq = NH * HEAD_QK, Co = NH * HEAD_V, Ckv = NH * HEAD_KV;
+    HeadMaps map = {tensor_map(q, N, Cq, Cq, BOX), tensor_map(o, N, Co, Co, BOX),
+                    tensor_map(kv, N, Ckv, Ckv, BOX), tensor_map(k_pe, N, BOX, BOX, BOX)};
+    return map;
+}
+
+// ROWS rows of a head's keys and values, or of queries and, unless y is NULL, dout:
+// x [3, ROWS, 64], y [2, ROWS, 64].
+template <int ROWS>
+__device__ static void load_head(real *x, real *y, const HeadMaps &map, int h, int row, int keys,
+                                 uint64_t *arrives)
+{
+    for (int r = 0; r < ROWS; r += BOX) {
+        for (int i = 0; i < HEAD_QK; i += BOX) {
+            real *to = x + i * ROWS + r * BOX;
+            if (!keys) tma_load(to, &map.q, h * HEAD_QK + i, row + r, arrives);
+            else if (i < 128) tma_load(to, &map.kv, h * HEAD_KV + i, row + r, arrives);
+            else tma_load(to, &map.k_pe, 0, row + r, arrives);
+        }
+        for (int i = 0; i < HEAD_V && y; i += BOX) {
+            real *to = y + i * ROWS + r * BOX;
+            if (keys) tma_load(to, &map.kv, h * HEAD_KV + 128 + i, row + r, arrives);
+            else tma_load(to, &map.o, h * HEAD_V + i, row + r, arrives);
+        }
+    }
+}
+
+// d[64, ROWS] = x y^T, of WIDTH numbers a row; x are 64 of OWN rows.
+template <int WIDTH, int ROWS, int N>
+__device__ static void multiply_rows(float (&d)[N][4], const real *x, const real *y)
+{
+    wgmma_fence(d);
+    wgmma<false, false, false>(d, x, y, 0);
+#pragma unroll
+    for (int k = 16; k < WIDTH; k += 16)
+        wgmma<false, false>(d, x + k / BOX * OWN * BOX + k % BOX,
+                            y + k / BOX * ROWS * BOX + k % BOX, 0);
+}
+
+// d[64, 8 N] += weights[64, ROWS] y[ROWS, 8 N]
+template <int ROWS, int N>
+__device__ static void multiply_weights(float (&d)[N][4], const uint32_t (&weights)[ROWS / 16][4],
+                                        const real *y)
+{
+    wgmma_fence(d);
+#pragma unroll
+    for (int k = 0; k < ROWS / 16; k++)
+        wgmma<true>(d, weights[k], y + k * 16 * BOX, ROWS * BOX * sizeof(real));
+}
+
+// Columns 8 FROM .. 8 (FROM + COUNT) - 1 of a row of an accumulator, the upper of a lane's two or
+// the lower, times scale; `to` is where this lane's numbers of the first eight go.
+template <int COUNT = 0, int FROM = 0, int N>
+__device__ static void store_row(real *to, const float (&acc)[N][4], int half, float scale)
+{
+#pragma unroll
+    for (int n = 0; n < (COUNT ? COUNT : N); n++) {
+        const float *two = acc[FROM + n] + 2 * half;
+        store<2>(to + 8 * n, Pack<real, 2>{{(real)(two[0] * scale), (real)(two[1] * scale)}});
+    }
+}
+
+// While a tile's values are added up the next one's scores are computed; meanwhile the other four
+// warps have theirs to do.
+__global__ void __launch_bounds__(ATTENTION_WARPS * WARP, 1)
+wgmma_attention_forward_kernel(real *out, accum *lse, const __grid_constant__ HeadMaps map,
+                               AttentionSizes s)
+{
+    constexpr int ROWS = PASS_FORWARD;
+    DYNAMIC_SHARED(real, qs);        // [3, OWN, 64]
+    real *tiles = qs + OWN * HEAD_QK; // [2] of keys [3, ROWS, 64] and values [2, ROWS, 64]
+    SHARED(uint64_t, full, [2]);
+    SHARED(uint64_t, empty, [2]);
+    SHARED(uint64_t, own, );
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    int b = (int)blockIdx.x / s.NH, h = (int)blockIdx.x % s.NH;
+    int first = (int)(gridDim.y - 1 - blockIdx.y) * OWN, count = first / ROWS + 1;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) mbarrier_init(&full[i], 1), mbarrier_init(&empty[i], 8);
+        mbarrier_init(&own, 1);
+        mbarrier_init_done();
+    }
+    __syncthreads();
+    if (warp >= 8) {
+        give_registers<24>();
+        if (warp > 8 || lane > 0) return;
+        mbarrier_expect(&own, OWN * HEAD_QK * sizeof(real));
+        load_head<OWN>(qs, NULL, map, h, b * s.T + first, 0, &own);
+        for (int tile = 0; tile < count; tile++) {
+            real *ks = tiles + tile % 2 * ROWS * HEAD_SIZES;
+            mbarrier_wait(&empty[tile % 2], tile / 2 % 2 ^ 1);
+            mbarrier_expect(&full[tile % 2], ROWS * HEAD_SIZES * sizeof(real));
+            load_head<ROWS>(ks, ks + ROWS * HEAD_QK, map, h, b * s.T + tile * ROWS, 1,
+                            &full[tile % 2]);
+        }
+    } else {
+        take_registers<240>();
+        int row = warp / 4 * BOX, mine = row + warp % 4 * 16 + lane / 4;
+        float log2_scale = s.scale * 1.44269504f; // exp(x) is exp2(x log2 e)
+        float o[HEAD_V / 8][4] = {}, sc[ROWS / 8][4];
+        float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+        mbarrier_wait(&own, 0);
+        mbarrier_wait(&full[0], 0);
+        multiply_rows<HEAD_QK, ROWS>(sc, qs + row * BOX, tiles);
+        wgmma_commit();
+        wgmma_wait<0>(sc);
+        for (int tile = 0; tile < count; tile++) {
+            const real *vs = tiles + tile % 2 * ROWS * HEAD_SIZES + ROWS * HEAD_QK;
+            int next = tile + 1;
+            if (next == count) // the diagonal
+#pragma unroll
+                for (int j = 0; j < ROWS / 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (8 * j + lane % 4 * 2 + e % 2 > mine + e / 2 * 8) sc[j][e] = -INFINITY;
+            // softmax: four lanes share a row
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float most = max[half], total = 0;
+#pragma unroll
+                for (int j = 0; j < ROWS / 8; j++)
+                    most = fmaxf(most, fmaxf(sc[j][2 * half], sc[j][2 * half + 1]));
+                most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+                most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+                float shrink = exp2_approx((max[half] - most) * log2_scale);
+                float base = most * log2_scale;
+#pragma unroll
+                for (int j = 0; j < ROWS / 8; j++)
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; e++) {
+                        sc[j][e] = exp2_approx(sc[j][e] * log2_scale - base);
+                        total += sc[j][e];
+                    }
+                sum[half] = sum[half] * shrink + total; // of this lane's columns
+                max[half] = most;
+#pragma unroll
+                for (int n = 0; n < HEAD_V / 8; n++)
+                    o[n][2 * half] *= shrink, o[n][2 * half + 1] *= shrink;
+            }
+            uint32_t weights[ROWS / 16][4];
+#pragma unroll
+            for (int k = 0; k < ROWS / 16; k++) fragment_of(weights[k], sc, k);
+            multiply_weights<ROWS>(o, weights, vs);
+            if (next < count) {
+                mbarrier_wait(&full[next % 2], next / 2 % 2);
+                multiply_rows<HEAD_QK, ROWS>(sc, qs + row * BOX,
+                                             tiles + next % 2 * ROWS * HEAD_SIZES);
+            }
+            wgmma_commit();
+            wgmma_wait<0>(sc);
+            wgmma_wait<0>(o);
+            if (lane == 0) mbarrier_arrive(&empty[tile % 2]);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int t = first + mine + half * 8;
+            sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+            sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+            if (t >= s.T) continue;
+            if (lane % 4 == 0)
+                lse[(size_t)blockIdx.x * s.T + t] = max[half] * s.scale + logf(sum[half]);
+            real *to = out + (((size_t)b * s.T + t) * s.NH + h) * HEAD_V + lane % 4 * 2;
+            store_row(to, o, half, 1 / sum[half]);
+        }
+    }
+}
+
+// As attention_backward_kernel.
+template <bool KEYS>
+__global__ void __launch_bounds__(ATTENTION_WARPS * WARP, 1)
+wgmma_attention_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const accum *delta,
+                                const accum *lse, const __grid_constant__ HeadMaps map,
+                                AttentionSizes s)
+{
+    constexpr int ROWS = PASS_BACKWARD;
+    DYNAMIC_SHARED(real, x);                                       // [3, OWN, 64]
+    real *y = x + OWN * HEAD_QK, *tiles = y + OWN * HEAD_V;        // [2, OWN, 64]
+    SHARED(float, lse_of, [PASSES][ROWS]); // of the queries that pass by, times log2 e
+    SHARED(float, delta_of, [PASSES][ROWS]);
+    SHARED(uint64_t, full, [PASSES]);
+    SHARED(uint64_t, empty, [PASSES]);
+    SHARED(uint64_t, own, );
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    int b = (int)blockIdx.x / s.NH, h = (int)blockIdx.x % s.NH;
+    int first = (int)(KEYS ? blockIdx.y : gridDim.y - 1 - blockIdx.y) * OWN;
+    int begin = KEYS ? first : 0, end = KEYS ? s.T : min(first + OWN, s.T);
+    lse += (size_t)blockIdx.x * s.T, delta += (size_t)blockIdx.x * s.T;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < PASSES; i++) mbarrier_init(&full[i], 1), mbarrier_init(&empty[i], 8);
+        mbarrier_init(&own, 1);
+        mbarrier_init_done();
+    }
+    __syncthreads();
+    if (warp >= 8) {
+        give_registers<24>();
+        if (warp > 8) return;
+        if (lane == 0) {
+            mbarrier_expect(&own, OWN * HEAD_SIZES * sizeof(real));
+            load_head<OWN>(x, y, map, h, b * s.T + first, KEYS, &own);
+        }
+        for (int tile = 0, at = begin; at < end; tile++, at += ROWS) {
+            int pass = tile % PASSES;
+            real *xs = tiles + pass * ROWS * HEAD_SIZES;
+            mbarrier_wait(&empty[pass], tile / PASSES % 2 ^ 1);
+            for (int i = lane; KEYS && i < ROWS; i += WARP) {
+                lse_of[pass][i] = at + i < s.T ? lse[at + i] * 1.44269504f : INFINITY;
+                delta_of[pass][i] = at + i < s.T ? delta[at + i] : 0;
+            }
+            __syncwarp();
+            if (lane > 0) continue;
+            mbarrier_expect(&full[pass], ROWS * HEAD_SIZES * sizeof(real));
+            load_head<ROWS>(xs, xs + ROWS * HEAD_QK, map, h, b * s.T + at, !KEYS, &full[pass]);
+        }
+    } else {
+        take_registers<240>();
+        int row = warp / 4 * BOX, mine = first + row + warp % 4 * 16 + lane / 4;
+        int col = lane % 4 * 2;
+        float log2_scale = s.scale * 1.44269504f, dx[HEAD_QK / 8][4] = {}, dy[HEAD_V / 8][4] = {};
+        Pack<float, 2> l, d; // lse and delta of both rows or, KEYS, of two that pass by
+        for (int half = 0; half < 2 && !KEYS; half++) {
+            int t = min(mine + half * 8, s.T - 1);
+            l.x[half] = lse[t] * 1.44269504f, d.x[half] = delta[t];
+        }
+        mbarrier_wait(&own, 0);
+        for (int tile = 0, at = begin; at < end; tile++, at += ROWS) {
+            int pass = tile % PASSES;
+            const real *xs = tiles + pass * ROWS * HEAD_SIZES, *ys = xs + ROWS * HEAD_QK;
+            float sc[ROWS / 8][4]; // scores, then p; dp, then ds
+            uint32_t weights[ROWS / 16][4], dscores[ROWS / 16][4];
+            mbarrier_wait(&full[pass], tile / PASSES % 2);
+            multiply_rows<HEAD_QK, ROWS>(sc, x + row * BOX, xs);
+            wgmma_commit();
+            wgmma_wait<0>(sc);
+#pragma unroll
+            for (int j = 0; j < ROWS / 8; j++) {
+                if (KEYS) l = load<2>(lse_of[pass] + 8 * j + col);
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    sc[j][e] = exp2_approx(sc[j][e] * log2_scale - l.x[KEYS ? e % 2 : e / 2]);
+            }
+            if (KEYS ? at < first + row + BOX : at + ROWS > first + row) // the diagonal
+#pragma unroll
+                for (int j = 0; j < ROWS / 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        int passing = at + 8 * j + col + e % 2, own_row = mine + e / 2 * 8;
+                        if (KEYS ? own_row > passing : passing > own_row) sc[j][e] = 0;
+                    }
+#pragma unroll
+            for (int k = 0; k < ROWS / 16; k++) fragment_of(weights[k], sc, k);
+            multiply_rows<HEAD_V, ROWS>(sc, y + row * BOX, ys);
+            wgmma_commit();
+            if (KEYS) {
+                multiply_weights<ROWS>(dy, weights, ys);
+                wgmma_commit();
+            }
+            wgmma_wait<KEYS>(sc);
+#pragma unroll
+            for (int j = 0; j < ROWS / 8; j++) {
+                if (KEYS) d = load<2>(delta_of[pass] + 8 * j + col);
+#pragma unroll
+                for (int e = 0; e < 4; e++) { // the weights in float are gone: registers are short
+                    uint32_t pair = weights[j / 2][j % 2 * 2 + e / 2];
+                    float weight = __uint_as_float(e % 2 ? pair & 0xffff0000u : pair << 16);
+                    sc[j][e] = weight * (sc[j][e] - d.x[KEYS ? e % 2 : e / 2]);
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < ROWS / 16; k++) fragment_of(dscores[k], sc, k);
+            multiply_weights<ROWS>(dx, dscores, xs);
+            wgmma_commit();
+            wgmma_wait<0>(dx);
+            if (KEYS) wgmma_wait<0>(dy);
+            if (lane == 0) mbarrier_arrive(&empty[pass]);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int t = mine + half * 8;
+            if (t >= s.T) continue;
+            size_t at = ((size_t)b * s.T + t) * s.NH + h;
+            if (!KEYS) {
+                store_row(dq + at * HEAD_QK + col, dx, half, s.scale);
+                continue;
+            }
+            store_row<16>(dkv + at * HEAD_KV + col, dx, half, s.scale);
+            store_row<8, 16>(dk_pe_heads + ((size_t)blockIdx.x * s.T + t) * BOX + col, dx, half,
+                             s.scale);
+            store_row(dkv + at * HEAD_KV + 128 + col, dy, half, 1);
+        }
+    }
+}
+#endif // MOE_HOPPER
+
 #define RUN_FLASH_FORWARD(DQ, DV, ...) \
     RUN_KERNEL((flash_forward_kernel<DQ, DV>), grid, FLASH_THREADS, \
                2 * FLASH * (DQ + DV + 16) * sizeof(real), __VA_ARGS__)
@@ -1501,6 +2183,15 @@ static void attention_forward(real *out,        // [B, T, NH, Dv]
     AttentionSizes s = {(int)T, (int)NH, (int)Dn, (int)Dr, (int)Dv, (float)scale,
                         (Dn | Dr | Dv) % WIDE == 0};
 #ifdef MOE_BF16
+#ifdef MOE_HOPPER
+    if (Dn == 128 && Dr == 64 && Dv == 128) {
+        size_t bytes = (OWN * HEAD_QK + 2 * PASS_FORWARD * HEAD_SIZES) * sizeof(real);
+        RUN_KERNEL(wgmma_attention_forward_kernel, dim3((unsigned)(B * NH), grid_of(T, OWN)),
+                   ATTENTION_WARPS * WARP, bytes, out, lse,
+                   head_maps(q, out, kv, k_pe, B * T, NH), s);
+        return;
+    }
+#endif
     dim3 grid((unsigned)(B * NH), grid_of(T, FLASH));
     if (Dq <= 48 && Dv <= 32) {
         RUN_FLASH_FORWARD(48, 32, out, lse, q, kv, k_pe, s);
@@ -1533,6 +2224,18 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
 #define GRADIENTS dq, dkv, dk_pe_heads, dout, delta, lse, q, kv, k_pe, s
 #ifdef MOE_BF16
     dim3 grid((unsigned)(B * NH), grid_of(T, FLASH));
+#ifdef MOE_HOPPER
+    if (Dn == 128 && Dr == 64 && Dv == 128) {
+        size_t bytes = (OWN + PASSES * PASS_BACKWARD) * HEAD_SIZES * sizeof(real);
+        HeadMaps map = head_maps(q, dout, kv, k_pe, B * T, NH);
+        dim3 blocks((unsigned)(B * NH), grid_of(T, OWN));
+        RUN_KERNEL(wgmma_attention_backward_kernel<true>, blocks, ATTENTION_WARPS * WARP, bytes,
+                   dq, dkv, dk_pe_heads, delta, lse, map, s);
+        RUN_KERNEL(wgmma_attention_backward_kernel<false>, blocks, ATTENTION_WARPS * WARP, bytes,
+                   dq, dkv, dk_pe_heads, delta, lse, map, s);
+        done = 1;
+    } else
+#endif
     if (Dq <= 48 && Dv <= 32) {
         RUN_FLASH_BACKWARD(48, 32, true, GRADIENTS);
         RUN_FLASH_BACKWARD(48, 32, false, GRADIENTS);
@@ -1807,6 +2510,23 @@ __global__ void sort_place_kernel(int *row, const int *offsets, const int *count
     row[i] = offsets[mine] + count[(size_t)blockIdx.x * E + mine] + rank;
 }
 
+// All of it for up to SORT choices, as decoding has: a choice stands after those of experts before
+// its own, and after earlier ones of its own. One block.
+__global__ void sort_few_kernel(int *offsets, int *row, const int *topk, int n, int E)
+{
+    SHARED(int, expert, [SORT]);
+    int i = (int)threadIdx.x, mine = i < n ? topk[i] : E, rank = 0;
+    expert[i] = mine;
+    __syncthreads();
+    for (int j = 0; j < n; j++) rank += expert[j] < mine || (expert[j] == mine && j < i);
+    if (i < n) row[i] = rank;
+    for (int e = i; e <= E; e += SORT) {
+        int before = 0;
+        for (int j = 0; j < n; j++) before += expert[j] < e;
+        offsets[e] = before;
+    }
+}
+
 // A block a token. Reads C, writes K C.
 template <int W>
 __global__ void dispatch_forward_kernel(real *xs, const real *x, const int *row, size_t K, size_t C)
@@ -1826,11 +2546,15 @@ static void dispatch_forward(real *xs,        // [N K, C]
 {
     METER(__func__, 0, 2 * N * K * C * sizeof(real));
     unsigned blocks = grid_of(N * K, SORT);
-    int *count = (int *)scratch(blocks * E * sizeof(int)); // [blocks, E]
-    device_zero(count, blocks * E * sizeof(int));
-    RUN_KERNEL(sort_count_kernel, blocks, SORT, 0, count, topk, N * K, (int)E);
-    RUN_KERNEL(sort_scan_kernel, 1, BLOCK, 0, offsets, count, (int)blocks, (int)E);
-    RUN_KERNEL(sort_place_kernel, blocks, SORT, 0, row, offsets, count, topk, N * K, (int)E);
+    if (blocks == 1) {
+        RUN_KERNEL(sort_few_kernel, 1, SORT, 0, offsets, row, topk, (int)(N * K), (int)E);
+    } else {
+        int *count = (int *)scratch(blocks * E * sizeof(int)); // [blocks, E]
+        device_zero(count, blocks * E * sizeof(int));
+        RUN_KERNEL(sort_count_kernel, blocks, SORT, 0, count, topk, N * K, (int)E);
+        RUN_KERNEL(sort_scan_kernel, 1, BLOCK, 0, offsets, count, (int)blocks, (int)E);
+        RUN_KERNEL(sort_place_kernel, blocks, SORT, 0, row, offsets, count, topk, N * K, (int)E);
+    }
     RUN_WIDE(C, AT(xs) | AT(x), dispatch_forward_kernel, grid_of(N, 1), row_threads(C), 0, xs, x,
              row, K, C);
 }
@@ -2058,22 +2782,23 @@ flash_latent_kernel(float *part, // [rows and groups, shares, HEADS, RKV + 2]: s
     int groups = (NH + HEADS - 1) / HEADS, row = (int)blockIdx.x / groups;
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
     size_t last = (size_t)pos[row], seen = last + 1 < window ? last + 1 : window;
-    size_t first = last + 1 - seen, base = (size_t)slot[row] * capacity;
+    size_t oldest = (last + 1 - seen) % capacity, base = (size_t)slot[row] * capacity;
     size_t tiles = (seen + SEEN - 1) / SEEN, end = tiles * (blockIdx.y + 1) / gridDim.y * SEEN;
     if (end > seen) end = seen;
     float o[COLS / 8][4] = {}, max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    for (int i = (int)threadIdx.x; i < HEADS * WIDTH; i += FLASH_THREADS) {
+    for (int i = (int)threadIdx.x * 8; i < HEADS * WIDTH; i += FLASH_THREADS * 8) {
         int h = (int)blockIdx.x % groups * HEADS + i / WIDTH, j = i % WIDTH, r = j - RKV;
-        real x = (real)0.0f;
-        if (h < NH && j < Rkv) x = latent[((size_t)h * n + row) * Rkv + j];
-        if (h < NH && r >= 0 && r < Dr) x = q[((size_t)row * NH + h) * (Dn + Dr) + Dn + r];
-        qs[i / WIDTH * LD + j] = x;
+        int valid = h < NH && (r < 0 ? j < Rkv : r < Dr);
+        const real *from = r < 0 ? latent + ((size_t)h * n + row) * Rkv + j
+                                 : q + ((size_t)row * NH + h) * (Dn + Dr) + Dn + r;
+        cp_async_16(qs + i / WIDTH * LD + j, valid ? from : q, valid);
     }
     for (size_t at = tiles * blockIdx.y / gridDim.y * SEEN; at < end; at += SEEN) {
         __syncthreads(); // the tile before has been used
         for (int i = (int)threadIdx.x * 8; i < SEEN * WIDTH; i += FLASH_THREADS * 8) {
             int u = i / WIDTH, j = i % WIDTH, r = j - RKV;
-            size_t entry = base + (first + at + u) % capacity;
+            size_t place = oldest + at + u;
+            size_t entry = base + (place < capacity ? place : place - capacity);
             int valid = at + u < end && (r < 0 ? j < Rkv : r < Dr);
             const real *from = r < 0 ? c_kv + entry * Rkv + j : k_pe + entry * Dr + r;
             cp_async_16(ks + u * LD + j, valid ? from : c_kv, valid);
@@ -2209,7 +2934,7 @@ static void latent_attention(real *out,         // [n, NH, Dv]
     int done = 0;
     gemm(latent, Rkv, q, 0, NH * Dq, w_b, 0, Rkv, n, Rkv, Dn, 0, NH, n * Rkv, Dq, step);
 #ifdef MOE_BF16
-    int wide = (Rkv | Dr) % WIDE == 0 && (AT(c_kv) | AT(k_pe)) % 16 == 0;
+    int wide = (Rkv | Dr | Dn) % WIDE == 0 && (AT(c_kv) | AT(k_pe) | AT(q) | AT(latent)) % 16 == 0;
     done = wide && Rkv <= 512 && Dr <= 64;
 #define LATENTS latent, q, c_kv, k_pe, slot, pos, n, NH, Dn, Dr, Rkv, capacity, window, scale
     if (done && Rkv <= 64 && Dr <= 16) flash_latent<64, 16>(LATENTS);
@@ -2251,8 +2976,13 @@ __global__ void sum_squares_kernel(double *part, const accum *x, size_t n)
 {
     SHARED(double, sums, [BLOCK]);
     double sum = 0;
-    for (size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x; i < n; i += (size_t)gridDim.x * BLOCK)
-        sum += (double)x[i] * (double)x[i];
+    size_t first = (size_t)blockIdx.x * BLOCK + threadIdx.x, step = (size_t)gridDim.x * BLOCK;
+#pragma unroll 4
+    for (size_t i = first; i < n / 4; i += step) {
+        Pack<float, 4> four = load<4>(x + 4 * i);
+        for (int j = 0; j < 4; j++) sum += (double)four.x[j] * (double)four.x[j];
+    }
+    if (first < n % 4) sum += (double)x[n - 1 - first] * (double)x[n - 1 - first];
     sums[threadIdx.x] = sum;
     for (int half = BLOCK / 2; half > 0; half /= 2) {
         __syncthreads();

@@ -25,9 +25,10 @@ What is caught, each with one line on stderr and exit status 1:
     allocation and its page's edge are looked at after each launch. Shared arrays are kept likewise.
   - reads of what was not written: fresh memory, and shared memory as each block starts, is 0xff
     throughout, a NaN as float and bfloat16, -1 as an integer.
-  - a barrier, shuffle or vote that not all threads reach that should, or at different lines;
-    a shuffle from a lane outside the mask; a host pointer as an argument of a kernel (not inside a
-    struct); misaligned vectors, where the compiler uses the instructions that fault (-O1 and up).
+  - a barrier, shuffle or vote that not all threads reach that should, or at different lines; an
+    mbarrier that a thread waits for in vain; a shuffle from a lane outside the mask; a host pointer
+    as an argument of a kernel (not inside a struct); misaligned vectors, where the compiler uses
+    the instructions that fault (-O1 and up).
   - a missing barrier or a race, by its result: EMU_ORDER (or emu_order("...")) says in which order
     blocks, warps and lanes run: "forward" (if nothing is said), "reverse", "shuffle:SEED", or
     "agree", which runs every launch in all three from the same memory and demands the same bytes
@@ -41,7 +42,8 @@ In gdb:   gdb -ex 'handle SIGSEGV nostop noprint' -ex 'break emu::fail' --args .
 
 What the file written for it must do: launch by LAUNCH(kernel, grid, block, shared_bytes, ...);
 declare shared memory by SHARED(float, tile, [16][17]) and DYNAMIC_SHARED(float, scratch), each at a
-multiple of 16 bytes; and take the PTX helpers (mma_16x8x16, ldmatrix_*, cp_async_*) from here where
+multiple of 16 bytes, the latter of 1024 if it has as many; and take the PTX helpers (mma_16x8x16,
+ldmatrix_*, cp_async_*, and Hopper's tensor_map, tma_load, mbarrier_*, wgmma*) from here where
 __CUDACC__ is not defined.
 
 More settings, to test what a program does with what it finds: EMU_DEVICES=0 (no GPU),
@@ -93,6 +95,7 @@ device, 8 GiB if nothing is said).
 #define __device__
 #define __host__
 #define __constant__
+#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
@@ -121,6 +124,14 @@ EMU_VECTORS(unsigned char, uchar, 4)
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
+
+// A matrix x[rows, cols] in device memory, of which tma_load takes box_rows rows of 64 numbers.
+struct __nv_bfloat16; // see cuda_names.h
+struct TensorMap {
+    const __nv_bfloat16 *x;
+    size_t rows, cols, ld; // from row to row
+    int box_rows;
+};
 
 #define EMU_HERE int line = __builtin_LINE() // a last parameter: the caller's line
 
@@ -158,20 +169,64 @@ struct Context {
 struct Copy { void *to; const void *from; bool valid; int group; }; // a cp.async under way
 
 struct Thread { // a CUDA thread of the block that runs now
-    enum State { FRESH, RUNNING, BARRIER, WARP, RETURNED } state;
+    enum State { FRESH, RUNNING, BARRIER, WARP, MBARRIER, RETURNED } state;
     Context *context;
     uint3 id;
     const char *what; // it waits in, at this line
-    int line, copy_group;
+    int line, copy_group, wgmma_group;
+    bool fenced; // by wgmma_fence
+    size_t mbarrier; // it waits for
     std::vector<Copy> copies;
+};
+
+struct Load { // a tma_load under way
+    char *to;
+    TensorMap map;
+    int col, row;
+    size_t mbarrier;
+    Thread *thread;
+};
+
+// What a warp has seen of the others, and an mbarrier of those that arrived: of warp w all until
+// its clock was clock[w]. A warp's own goes on as it arrives. TMA is warp 32. For cuda_race.h.
+struct Clocks {
+    uint16_t of[33];
+    void see(const Clocks &c) { for (int i = 0; i < 33; i++) if (of[i] < c.of[i]) of[i] = c.of[i]; }
+};
+
+struct Mbarrier {
+    uint64_t *at; // there MBARRIER + its number stands
+    int count, left, bytes; // arrivals of a phase; those and the bytes that this one lacks
+    unsigned phase;
+    Thread *by; // who initialised it and
+    bool fenced; // called mbarrier_init_done
+    Clocks clocks, ended; // of this phase so far, of the last
+    unsigned seen[32];    // by each warp: this phase
+};
+constexpr uint64_t MBARRIER = 0x6d62617272696572;
+
+struct Operands { // of wgmma, in shared memory; if a is null it is in registers
+    const char *a, *b;
+    int n, next; // columns / 8; bytes between blocks of 64 of them
+    bool a_t, b_t, add;
+    int line;
+};
+struct Wgmma : Operands { // a warp's part, under way
+    float *d[32];
+    unsigned registers[32][4];
+    int group;
 };
 
 struct Warp { // masks have a bit for each lane, `ready` one for each place in the order of lanes
     unsigned ready, waiting, mask[32], syncs; // how often it passed __syncwarp
     uint64_t value[32], result[32];
     int argument[32], width[32];
-    float *d[32]; // the operands of mma and ldmatrix
+    float *d[32]; // the operands of mma, ldmatrix and wgmma
     unsigned *a[32], *b[32];
+    std::vector<Wgmma> wgmmas;
+    int wgmma_until; // it waits for the groups before this one
+    bool put_off;    // which are still to be done
+    Clocks clocks;
 };
 
 // at(i) for i in 0..n-1 takes each of 0..n-1 once: forwards, backwards or somehow.
@@ -217,7 +272,9 @@ struct Machine {
     int barrier_line = 0;
     Thread *thread = nullptr; // that runs now; null outside kernels
     Thread all[1024];
-    Warp warp[32];
+    Warp warp[33]; // the last for cuda_race.h: TMA
+    std::vector<Mbarrier> mbarriers;
+    std::vector<Load> loads;
     Shared dynamic;
     std::map<const void *, size_t> shared_limit;
     std::vector<Shared *> shared; // static arrays of this block
@@ -228,7 +285,7 @@ struct Machine {
     std::list<Context> stacks;
     // Races: see cuda_race.h
     void (*access)(const void *p, size_t size, bool write) = nullptr;
-    int atomic = 0, collective = 0, quiet = 0; // what is going on now
+    int atomic = 0, collective = 0, tma = 0, quiet = 0; // what is going on now
     uint64_t first_block = 0; // of this launch
 };
 inline Machine m;
@@ -502,7 +559,7 @@ inline void Shared::resize(size_t bytes)
     }
     high = low + room;
     size = bytes;
-    data = high - round_up(bytes, 16);
+    data = high - round_up(bytes, this == &m.dynamic && bytes >= 1024 ? 1024 : 16); // TMA, wgmma
 }
 
 inline char *Shared::get() // the first thread of a block to come here makes it ready
@@ -546,8 +603,12 @@ inline bool begin_block() // false: there is none
             m.place_of[m.lane_at[i]] = (unsigned char)i;
         }
     }
+    m.mbarriers.clear();
+    m.warp[32].clocks = {}, m.warp[32].clocks.of[32] = 1;
     for (unsigned w = 0; w < m.warp_count; w++) {
         m.warp[w].ready = m.warp[w].waiting = 0, m.warp[w].syncs = 1;
+        m.warp[w].wgmmas.clear(), m.warp[w].put_off = false;
+        m.warp[w].clocks = {}, m.warp[w].clocks.of[w] = 1;
         for (unsigned l = 0; l < 32 && w * 32 + l < m.threads; l++)
             m.warp[w].ready |= 1u << m.place_of[l];
     }
@@ -557,17 +618,49 @@ inline bool begin_block() // false: there is none
     return true;
 }
 
-inline const char *doing(const Thread &t)
+inline const char *describe_shared(const void *p)
 {
     static char text[96];
+    snprintf(text, sizeof text, "address %p", p);
+    for (const Shared *s : m.shared)
+        if ((char *)p >= s->low && (char *)p < s->high)
+            snprintf(text, sizeof text, "byte %td of shared %s", (char *)p - s->data, s->name);
+    return text;
+}
+
+inline const char *doing(const Thread &t)
+{
+    static char text[240];
     if (t.state == Thread::RETURNED) return "has returned";
-    snprintf(text, sizeof text, "waits in %s at line %d", t.what, t.line);
+    int n = snprintf(text, sizeof text, "waits in %s at line %d", t.what, t.line);
+    if (t.state != Thread::MBARRIER) return text;
+    const Mbarrier &b = m.mbarriers[t.mbarrier];
+    snprintf(text + n, sizeof text - (size_t)n,
+             " for %s, whose phase %u lacks %d of %d arrivals and %d bytes", describe_shared(b.at),
+             b.phase, b.left, b.count, b.bytes);
     return text;
 }
 
 // No thread can go on, and not all have returned: say who waits for whom.
 [[noreturn]] inline void stuck()
 {
+    const Thread *first = nullptr, *other = nullptr; // the latter preferably waits, elsewhere
+    for (unsigned t = m.threads; t--;)
+        if (m.all[t].state == Thread::MBARRIER) first = &m.all[t];
+    for (unsigned t = m.threads; first && t--;) {
+        const Thread &o = m.all[t];
+        if (o.state == Thread::MBARRIER && o.mbarrier == first->mbarrier) continue;
+        if (!other || o.state != Thread::RETURNED) other = &o;
+    }
+    if (first) {
+        char also[300] = "";
+        if (other)
+            snprintf(also, sizeof also, "; thread (%u,%u,%u) %s", other->id.x, other->id.y,
+                     other->id.z, doing(*other));
+        m.thread = nullptr;
+        fail("deadlock in block (%u,%u,%u): thread (%u,%u,%u) %s%s", blockIdx.x, blockIdx.y,
+             blockIdx.z, first->id.x, first->id.y, first->id.z, doing(*first), also);
+    }
     for (unsigned t = 0; t < m.threads; t++) { // a lane that waits for lanes which do not come
         if (m.all[t].state != Thread::WARP) continue;
         Warp &w = m.warp[t / 32];
@@ -588,6 +681,82 @@ inline const char *doing(const Thread &t)
          blockIdx.y, blockIdx.z, gone->id.x, gone->id.y, gone->id.z, doing(*gone));
 }
 
+// Where TMA and wgmma look for what is at p: bits 7-9 of an address are added to bits 4-6, by XOR.
+inline char *swizzled(const void *p)
+{
+    return (char *)((uintptr_t)p ^ ((uintptr_t)p >> 3 & 0x70));
+}
+
+inline void maybe_end_phase(size_t i) // then those who wait go on, from the first in order
+{
+    Mbarrier &b = m.mbarriers[i];
+    if (b.left || b.bytes) return;
+    b.left = b.count, b.phase++;
+    b.ended = b.clocks;
+    for (unsigned t = 0; t < m.threads; t++)
+        if (m.all[t].state == Thread::MBARRIER && m.all[t].mbarrier == i)
+            m.warp[t / 32].ready |= 1u << m.place_of[t % 32], m.warp_place = 0;
+}
+
+inline void tell(Mbarrier &b, unsigned warp) // what it did, those who wait for b will have seen
+{
+    Clocks &c = m.warp[warp].clocks;
+    b.clocks.see(c);
+    c.of[warp]++;
+}
+
+inline void do_load(const Load &l)
+{
+    const TensorMap &map = l.map;
+    Thread *before = m.thread;
+    m.thread = l.thread;
+    m.warp[32].clocks.see(m.warp[(l.thread - m.all) / 32].clocks);
+    m.tma++;
+    int from = l.col < 0 ? -l.col : 0, to = 64; // these columns of the box are in the tensor
+    if (l.col + 64 > (long)map.cols) to = (int)((long)map.cols - l.col);
+    for (int r = 0; r < map.box_rows; r++) {
+        char row[128] = {};
+        if (l.row + r >= 0 && l.row + r < (long)map.rows && from < to) {
+            const char *x = (const char *)map.x + 2 * ((l.row + r) * (long)map.ld + l.col + from);
+            memcpy(row + 2 * from, x, (size_t)(2 * (to - from)));
+            if (m.access) m.access(x, (size_t)(2 * (to - from)), false);
+        }
+        for (int i = 0; i < 128; i += 16) {
+            char *p = swizzled(l.to + 128 * r + i);
+            if (m.access) m.access(p, 16, true);
+            Count quiet(m.quiet);
+            memcpy(p, row + i, 16);
+        }
+    }
+    m.tma--;
+    m.thread = before;
+    tell(m.mbarriers[l.mbarrier], 32);
+    m.mbarriers[l.mbarrier].bytes -= 128 * map.box_rows;
+    maybe_end_phase(l.mbarrier);
+}
+
+inline void do_wgmmas(Warp &w);
+
+// Of what can wait until no thread can go on without it, does the first; false: there is nothing.
+inline bool do_put_off()
+{
+    for (unsigned i = 0; i < m.warp_count; i++) {
+        Warp &w = m.warp[m.warp_at[i]];
+        if (!w.put_off) continue;
+        m.thread = &m.all[m.warp_at[i] * 32];
+        do_wgmmas(w);
+        w.put_off = false, w.ready = ~0u, m.warp_place = i;
+        return true;
+    }
+    if (m.loads.empty()) return false;
+    Load l = m.loads[0];
+    m.thread = l.thread;
+    if (m.returned == m.threads) fail("the block ends, but not what tma_load began");
+    m.loads.erase(m.loads.begin());
+    do_load(l);
+    return true;
+}
+
 inline Thread *pick() // the thread to run next, or null where the launch is over
 {
     for (;;) {
@@ -598,6 +767,7 @@ inline Thread *pick() // the thread to run next, or null where the launch is ove
             m.warp[w].ready &= m.warp[w].ready - 1;
             return &m.all[w * 32 + lane];
         }
+        if (do_put_off()) continue;
         if (m.returned < m.threads) stuck();
         end_block();
         if (!begin_block()) return nullptr;
@@ -615,7 +785,8 @@ inline void run_threads()
         Thread *t = m.thread;
         t->state = Thread::RUNNING;
         t->context = m.context;
-        t->copy_group = 0;
+        t->copy_group = t->wgmma_group = 0;
+        t->fenced = false;
         m.body(m.arguments);
         t->state = Thread::RETURNED;
         t->copies.clear();
@@ -805,12 +976,15 @@ enum Op {
     SYNCWARP,
     MMA,
     LDMATRIX,
-    LDMATRIX_T
+    LDMATRIX_T,
+    WGMMA,
+    WGMMA_WAIT
 };
 inline const char *const op_name[] = {
     "__shfl_sync",   "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync",
     "__ballot_sync", "__any_sync",     "__all_sync",       "__syncwarp",
-    "mma_16x8x16",   "ldmatrix",       "ldmatrix_trans",
+    "mma_16x8x16",   "ldmatrix",       "ldmatrix_trans",   "wgmma",
+    "wgmma_wait",
 };
 
 inline float bf16_at(const unsigned *registers, int i) // two in each register
@@ -855,8 +1029,99 @@ inline void run_ldmatrix(Warp &w, int n, bool transposed)
         }
 }
 
+// 8 bf16 of shared memory to to[0], to[step], ...
+inline void read_piece(const char *at, float *to, int step)
+{
+    const unsigned *p = (const unsigned *)swizzled(at);
+    Count collective(m.collective);
+    if (m.access) m.access(p, 16, false);
+    Count quiet(m.quiet);
+    for (int i = 0; i < 8; i++) to[i * step] = bf16_at(p, i);
+}
+
+// A warp's 16 of the 64 rows of D[64][8n] = A[64][16] B[16][8n], + D if o.add. Each of its n tiles
+// of 8 columns, and A if it is in registers, are spread over the lanes as in mma.
+inline void run_wgmma(const Wgmma &o, int warp)
+{
+    typedef float Four __attribute__((vector_size(16)));
+    alignas(16) float a[16][16], b[16][256];
+    for (int i = 0; i < 16; i++)
+        for (int half = 0; half < 2 && o.a; half++)
+            if (o.a_t) read_piece(o.a + 128 * i + 32 * warp + 16 * half, &a[8 * half][i], 16);
+            else read_piece(o.a + 128 * (16 * warp + i) + 16 * half, &a[i][8 * half], 1);
+    for (int lane = 0; lane < 32 && !o.a; lane++)
+        for (int i = 0; i < 8; i++)
+            a[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i % 2 + i / 4 * 8] =
+                bf16_at(o.registers[lane], i);
+    for (int i = 0; i < 16 && o.b_t; i++)
+        for (int j = 0; j < o.n; j++)
+            read_piece(o.b + 128 * i + 16 * (j % 8) + (long)o.next * (j / 8), &b[i][8 * j], 1);
+    for (int j = 0; j < 8 * o.n && !o.b_t; j++)
+        for (int half = 0; half < 2; half++)
+            read_piece(o.b + 128 * j + 16 * half, &b[8 * half][j], 256);
+    Count quiet(m.quiet);
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 8 * o.n; j += 4) {
+            Four sum = {0, 0, 0, 0};
+            for (int k = 0; k < 16; k++) sum += a[i][k] * *(const Four *)&b[k][j];
+            for (int c = 0; c < 4; c++) {
+                float *d = &o.d[i % 8 * 4 + (j + c) % 8 / 2][j / 8 * 4 + i / 8 * 2 + c % 2];
+                *d = sum[c] + (o.add ? *d : 0);
+            }
+        }
+}
+
+inline void need_operand(const char *name, const char *p, bool transposed, int line)
+{
+    unsigned at = (unsigned)((uintptr_t)p % 1024);
+    if (find(p)) fail("wgmma at line %d: %s is not in shared memory", line, name);
+    if (at & ~(transposed ? 0u : 96u))
+        fail("wgmma at line %d: %s is at byte %u of 1024, not %s", line, name, at,
+             transposed ? "0" : "0, 32, 64 or 96");
+}
+
+inline void begin_wgmma(Warp &w)
+{
+    unsigned warp = (unsigned)(&w - m.warp);
+    Wgmma o = {};
+    (Operands &)o = *(Operands *)w.b[0];
+    o.group = (int)w.value[0];
+    if ((warp / 4 + 1) * 128 > m.threads)
+        fail("wgmma at line %d: %u threads, so this warp is not of a group of four", o.line,
+             m.threads);
+    if (o.a) need_operand("a", o.a, o.a_t, o.line);
+    need_operand("b", o.b, o.b_t, o.line);
+    if (o.b_t && o.n > 8 && o.next % 1024)
+        fail("wgmma at line %d: next, %d, is not a multiple of 1024", o.line, o.next);
+    for (int l = 0; l < 32; l++) {
+        const Operands &x = *(Operands *)w.b[l];
+        if (x.a != o.a || x.b != o.b || x.next != o.next)
+            fail("wgmma at line %d: lane %d has other operands than lane 0", o.line, l);
+        o.d[l] = w.d[l];
+        if (!o.a) memcpy(o.registers[l], w.a[l], sizeof o.registers[l]);
+    }
+    if (m.now == Machine::REVERSE) run_wgmma(o, (int)warp % 4);
+    else w.wgmmas.push_back(o);
+}
+
+inline void do_wgmmas(Warp &w) // those it waits for
+{
+    size_t n = 0;
+    for (; n < w.wgmmas.size() && w.wgmmas[n].group < w.wgmma_until; n++)
+        run_wgmma(w.wgmmas[n], (int)(&w - m.warp) % 4);
+    w.wgmmas.erase(w.wgmmas.begin(), w.wgmmas.begin() + (long)n);
+}
+
+inline void wait_wgmma(Warp &w)
+{
+    w.wgmma_until = (int)w.value[0] - w.argument[0];
+    w.put_off = !w.wgmmas.empty() && w.wgmmas[0].group < w.wgmma_until;
+}
+
 inline void run_op(Warp &w, Op op, unsigned mask)
 {
+    if (op == WGMMA) return begin_wgmma(w);
+    if (op == WGMMA_WAIT) return wait_wgmma(w);
     Count quiet(m.quiet);
     unsigned votes = 0;
     for (unsigned l = 0; l < 32; l++)
@@ -907,7 +1172,7 @@ inline uint64_t meet(Op op, unsigned mask, int line, uint64_t value = 0, int arg
         }
         run_op(w, op, mask);
         w.waiting &= ~mask;
-        for (unsigned rest = mask; rest; rest &= rest - 1)
+        for (unsigned rest = w.put_off ? 0 : mask; rest; rest &= rest - 1)
             w.ready |= 1u << m.place_of[__builtin_ctz(rest)];
     }
     wait(Thread::WARP, op_name[op], line);
@@ -944,6 +1209,34 @@ inline void do_copy(const Copy &c)
     Count quiet(m.quiet);
     if (c.valid) memcpy(c.to, c.from, 16);
     else memset(c.to, 0, 16);
+}
+
+inline Mbarrier &mbarrier_at(const char *what, const uint64_t *b, int line)
+{
+    if (!m.thread) fail("%s at line %d outside a kernel", what, line);
+    uint64_t i = *b - MBARRIER;
+    if (i >= m.mbarriers.size() || m.mbarriers[i].at != b)
+        fail("%s at line %d: %s is no mbarrier; mbarrier_init was not called, or it is overwritten",
+             what, line, describe_shared(b));
+    return m.mbarriers[i];
+}
+
+inline void arrive(const char *what, uint64_t *at, int bytes, int line)
+{
+    Mbarrier &b = mbarrier_at(what, at, line);
+    if (!b.left)
+        fail("%s at line %d: phase %u of %s had all its %d arrivals, and lacks %d bytes", what,
+             line, b.phase, describe_shared(at), b.count, b.bytes);
+    tell(b, (unsigned)(m.thread - m.all) / 32);
+    b.left--, b.bytes += bytes;
+    maybe_end_phase((size_t)(&b - m.mbarriers.data()));
+}
+
+inline void begin_wgmma(float *d, const unsigned *a, const Operands &o, int line)
+{
+    if (!m.thread) fail("wgmma at line %d outside a kernel", line);
+    if (!m.thread->fenced) fail("wgmma at line %d: no wgmma_fence before the first", line);
+    meet(WGMMA, ~0u, line, (uint64_t)m.thread->wgmma_group, 0, 32, d, (unsigned *)a, &o);
 }
 
 } // namespace emu
@@ -1028,6 +1321,109 @@ template <int N> void cp_async_wait() // until all but the last N groups are her
         else later.push_back(c);
     t->copies.swap(later);
 }
+
+// ---------------------------------------------------------- Hopper: mbarriers, TMA and wgmma
+
+// Initialised in shared memory by one thread. A phase ends after `count` arrivals and all the bytes
+// that were expected; the first has parity 0, the next 1, then 0 again.
+inline void mbarrier_init(uint64_t *b, int count, EMU_HERE)
+{
+    using namespace emu;
+    if (!m.thread) fail("mbarrier_init at line %d outside a kernel", line);
+    if (find(b)) fail("mbarrier_init at line %d: %p is not in shared memory", line, (void *)b);
+    if ((uintptr_t)b % 8 || count < 1 || count >= 1 << 20)
+        fail("mbarrier_init at line %d: %p, count %d", line, (void *)b, count);
+    for (const Mbarrier &other : m.mbarriers)
+        if (other.at == b) fail("mbarrier_init at line %d: %s again", line, describe_shared(b));
+    *b = MBARRIER + m.mbarriers.size();
+    m.mbarriers.push_back({b, count, count, 0, 0, m.thread, false, {}, {}, {}});
+}
+inline void mbarrier_init_done()
+{
+    for (emu::Mbarrier &b : emu::m.mbarriers) b.fenced |= b.by == emu::m.thread;
+}
+inline void mbarrier_arrive(uint64_t *b, EMU_HERE) { emu::arrive("mbarrier_arrive", b, 0, line); }
+inline void mbarrier_expect(uint64_t *b, int bytes, EMU_HERE) // arrives, too
+{
+    if (bytes < 0 || bytes >= 1 << 20)
+        emu::fail("mbarrier_expect at line %d: %d bytes", line, bytes);
+    emu::arrive("mbarrier_expect", b, bytes, line);
+}
+inline void mbarrier_wait(uint64_t *at, int parity, EMU_HERE) // until the phase of it has ended
+{
+    using namespace emu;
+    size_t i = (size_t)(&mbarrier_at("mbarrier_wait", at, line) - m.mbarriers.data());
+    if (parity & ~1) fail("mbarrier_wait at line %d: parity %d", line, parity);
+    while ((int)(m.mbarriers[i].phase & 1) == parity) {
+        m.thread->mbarrier = i;
+        wait(Thread::MBARRIER, "mbarrier_wait", line);
+    }
+    Mbarrier &b = m.mbarriers[i];
+    unsigned warp = (unsigned)(m.thread - m.all) / 32;
+    m.warp[warp].clocks.see(b.ended);
+    if (b.seen[warp] != b.phase) b.seen[warp] = b.phase, m.warp[warp].syncs++;
+}
+
+inline TensorMap tensor_map(const __nv_bfloat16 *x, size_t rows, size_t cols, size_t ld,
+                            int box_rows, EMU_HERE)
+{
+    using namespace emu;
+    if (m.thread) fail("tensor_map at line %d in a kernel", line);
+    if (!find(x)) fail("tensor_map at line %d: %p is not device memory", line, (const void *)x);
+    if ((uintptr_t)x % 16 || ld * 2 % 16)
+        fail("tensor_map at line %d: x, %p, or a row's %zu bytes are not a multiple of 16", line,
+             (const void *)x, ld * 2);
+    if (!rows || !cols || (rows | cols) >> 31 || ld >> 39 || box_rows < 1 || box_rows > 256)
+        fail("tensor_map at line %d: %zu x %zu numbers, rows %zu apart, a box of %d rows", line,
+             rows, cols, ld, box_rows);
+    return {x, rows, cols, ld, box_rows};
+}
+
+// Copies box_rows x 64 numbers at (row, col), 0 outside of the tensor; their bytes arrive at b.
+// This and wgmma are done at any time until they are waited for. Here at once or as late as can be,
+// when no thread can go on without: forward both late, in reverse both at once, else wgmma late.
+inline void tma_load(__nv_bfloat16 *to, const TensorMap *map, int col, int row, uint64_t *b,
+                     EMU_HERE)
+{
+    using namespace emu;
+    Mbarrier &at = mbarrier_at("tma_load", b, line);
+    if (!at.fenced) fail("tma_load at line %d: no mbarrier_init_done after mbarrier_init", line);
+    if ((uintptr_t)to % 1024)
+        fail("tma_load at line %d: address %p is not a multiple of 1024", line, (void *)to);
+    need_shared("tma_load", to, line);
+    Load l = {(char *)to, *map, col, row, (size_t)(&at - m.mbarriers.data()), m.thread};
+    if (m.now == Machine::FORWARD) m.loads.push_back(l);
+    else do_load(l);
+}
+
+// d[64, 8N] += a[64, 16] b[16, 8N], or = unless ADD, by four warps, d[j][e] as that of mma for
+// columns 8j..8j+7. What is in shared memory stands as tma_load puts it: a[64, 16] and b[8N, 16] in
+// rows of 128 bytes, or, transposed, a[16, 64] and b[16, 8N], the latter's blocks of 64 columns
+// `next` bytes apart.
+template <int N> void wgmma_fence(float (&)[N][4]) { emu::m.thread->fenced = true; }
+template <bool A_T, bool B_T, bool ADD = true, int N>
+void wgmma(float (&d)[N][4], const __nv_bfloat16 *a, const __nv_bfloat16 *b, int next, EMU_HERE)
+{
+    static_assert(N <= 32, "256 columns at most");
+    emu::begin_wgmma(d[0], nullptr,
+                     {(const char *)a, (const char *)b, N, next, A_T, B_T, ADD, line}, line);
+}
+template <bool B_T, int N>
+void wgmma(float (&d)[N][4], const unsigned (&a)[4], const __nv_bfloat16 *b, int next, EMU_HERE)
+{
+    static_assert(N <= 32, "256 columns at most");
+    emu::begin_wgmma(d[0], a, {nullptr, (const char *)b, N, next, false, B_T, true, line}, line);
+}
+inline void wgmma_commit() { emu::m.thread->wgmma_group++; }
+template <int PENDING, int N> void wgmma_wait(float (&)[N][4], EMU_HERE)
+{
+    emu::Thread *t = emu::m.thread;
+    if (!PENDING) t->fenced = false;
+    emu::meet(emu::WGMMA_WAIT, ~0u, line, (uint64_t)t->wgmma_group, PENDING);
+}
+inline void wgmma_see_shared() {} // here all see what is there
+template <int N> void take_registers() {}
+template <int N> void give_registers() {}
 
 #include "cuda_names.h"
 #ifdef __SANITIZE_THREAD__

@@ -9,6 +9,7 @@ are ours, not the library's. They remember of device and shared memory who wrote
 read it since. Two accesses to the same bytes of which one writes are a race unless
   - they are one thread's, or from different launches,
   - __syncthreads stood between them (one block) or __syncwarp (one warp; shuffles order no memory),
+    or an mbarrier, where the one's warp arrived and the other's waited,
   - or both are atomic.
 So a missing atomic shows here, which no order of the threads brings to light. One run is enough, in
 any order. It is some 5 times slower, and takes 36 bytes of memory for each byte that is touched.
@@ -23,7 +24,7 @@ namespace emu {
 
 struct Access {
     uint32_t block; // counted from 1 through all launches; 0: none
-    uint16_t barriers, syncs, thread, atomic;
+    uint16_t barriers, syncs, time, thread : 15, atomic : 1; // thread 1024: TMA
 };
 struct Cell { Access write, read, other_read; }; // two readers of different threads are enough
 
@@ -38,7 +39,9 @@ EMU_PLAIN inline bool ordered(const Access &a, const Access &now, uint64_t from)
     if (a.block < from || (a.block == now.block && a.thread == now.thread)) return true;
     if (a.atomic && now.atomic) return true;
     if (a.block != now.block) return false;
-    return a.barriers < now.barriers || (a.thread / 32 == now.thread / 32 && a.syncs < now.syncs);
+    if (a.barriers < now.barriers) return true;
+    if (a.thread / 32 == now.thread / 32) return a.syncs < now.syncs;
+    return a.time <= m.warp[now.thread / 32].clocks.of[a.thread / 32];
 }
 
 [[noreturn]] inline void report(const char *p, const Access &a, bool a_write, bool write)
@@ -49,8 +52,12 @@ EMU_PLAIN inline bool ordered(const Access &a, const Access &now, uint64_t from)
     for (const Shared *s : m.shared)
         if (p >= s->low && p < s->high)
             snprintf(where, sizeof where, "byte %td of shared %s", p - s->data, s->name);
-    uint3 id = m.all[a.thread].id;
-    if (a.block == m.block) snprintf(who, sizeof who, "thread (%u,%u,%u)", id.x, id.y, id.z);
+    if (a.block == m.block && a.thread == 1024) {
+        snprintf(who, sizeof who, "a tma_load");
+    } else if (a.block == m.block) {
+        uint3 id = m.all[a.thread].id;
+        snprintf(who, sizeof who, "thread (%u,%u,%u)", id.x, id.y, id.z);
+    }
     fail("race: this thread %s what %s %s, with no barrier between: %s", write ? "writes" : "reads",
          who, a_write ? "wrote" : "read", where);
 }
@@ -81,9 +88,10 @@ EMU_PLAIN inline void on_access(const void *address, size_t size, bool write)
             return; // its own stack, or a fault to come
         last = cells_of(a->low, a->high);
     }
-    uint16_t t = (uint16_t)(m.thread - m.all);
-    Access now = {(uint32_t)m.block, (uint16_t)m.barriers, (uint16_t)m.warp[t / 32].syncs, t,
-                  m.atomic > 0};
+    uint16_t t = m.tma ? 1024 : (uint16_t)(m.thread - m.all);
+    const Warp &w = m.warp[t / 32];
+    Access now = {(uint32_t)m.block, (uint16_t)m.barriers, (uint16_t)w.syncs, w.clocks.of[t / 32],
+                  t, m.atomic > 0};
     for (char *end = p + size; p < end; p += size == 1 ? 1 : 2) {
         Cell &cell = last->cells[p - last->low];
         if (!ordered(cell.write, now, from)) report(p, cell.write, true, write);

@@ -362,6 +362,203 @@ static void test_tensor_cores()
     check(good, "ldmatrix of 2 and 4 matrices, straight and transposed");
 }
 
+// Where (row, column) of a block of 64 columns stands: 16 bytes at place i of a row at i ^ row % 8.
+static int place(int row, int column)
+{
+    return row * 64 + ((column / 8) ^ (row & 7)) * 8 + column % 8;
+}
+
+// C[64][8 N] = A[64][64] B[64][8 N] by each of two warpgroups.
+template <bool A_T, bool B_T, int N>
+__global__ void multiply(float *c, const __nv_bfloat16 *a, const __nv_bfloat16 *b, bool registers)
+{
+    DYNAMIC_SHARED(__nv_bfloat16, as);
+    __nv_bfloat16 *bs = as + 64 * 64;
+    int t = (int)threadIdx.x, row = t / 32 % 4 * 16 + t % 32 / 4, column = t % 4 * 2;
+    for (int i = t; i < 64 * 64; i += 256)
+        as[A_T ? place(i % 64, i / 64) : place(i / 64, i % 64)] = a[i];
+    for (int i = t; i < 64 * 8 * N; i += 256) {
+        int k = i / (8 * N), n = i % (8 * N);
+        bs[B_T ? n / 64 * 4096 + place(k, n % 64) : place(n, k)] = b[i];
+    }
+    wgmma_see_shared();
+    __syncthreads();
+    float d[N][4] = {};
+    wgmma_fence(d);
+    for (int k = 0; k < 64; k += 16) {
+        const __nv_bfloat16 *from = bs + (B_T ? k * 64 : k);
+        if (registers) {
+            unsigned x[4] = {0, 0, 0, 0};
+            for (int i = 0; i < 8; i++)
+                x[i / 2] |= (unsigned)__bfloat16_as_ushort(
+                                a[(row + i / 2 % 2 * 8) * 64 + k + column + i % 2 + i / 4 * 8])
+                            << i % 2 * 16;
+            wgmma<B_T>(d, x, from, 8192);
+        } else wgmma<A_T, B_T>(d, as + (A_T ? k * 64 : k), from, 8192);
+        if (k % 32) wgmma_commit();
+        if (k == 48) wgmma_wait<1>(d);
+    }
+    wgmma_wait<0>(d);
+    for (int j = 0; j < N; j++)
+        for (int e = 0; e < 4; e++)
+            c[((t / 128 * 64 + row + e / 2 * 8) * N + j) * 8 + column + e % 2] = d[j][e];
+}
+
+template <bool A_T, bool B_T, int N> double multiply_error(bool registers)
+{
+    std::vector<__nv_bfloat16> a(64 * 64), b(64 * 8 * N);
+    for (auto &v : a) v = uniform();
+    for (auto &v : b) v = uniform();
+    float *c = device_new<float>(2 * 64 * 8 * N);
+    LAUNCH((multiply<A_T, B_T, N>), 1, 256, 8192 + (N + 7) / 8 * 8192, c, device(a), device(b),
+           registers);
+    std::vector<float> v = host(c, 2 * 64 * 8 * N);
+    double worst = 0;
+    for (int i = 0; i < 2 * 64 * 8 * N; i++) {
+        double s = 0;
+        for (int k = 0; k < 64; k++)
+            s += (double)a[i / (8 * N) % 64 * 64 + k] * (double)b[k * 8 * N + i % (8 * N)];
+        double error = fabs(s - v[i]);
+        worst = error <= worst ? worst : error; // a NaN is worst
+    }
+    return worst;
+}
+
+template <int N> double multiply_errors()
+{
+    return multiply_error<false, false, N>(false) + multiply_error<false, true, N>(false) +
+           multiply_error<true, false, N>(false) + multiply_error<true, true, N>(false) +
+           multiply_error<false, false, N>(true) + multiply_error<false, true, N>(true);
+}
+
+static __global__ void boxes(__nv_bfloat16 *out, const __grid_constant__ TensorMap map,
+                             const int2 *at, int n) // those at (x, y), one after the other
+{
+    DYNAMIC_SHARED(__nv_bfloat16, box);
+    SHARED(uint64_t, full);
+    if (!threadIdx.x) mbarrier_init(&full, 1), mbarrier_init_done();
+    __syncthreads();
+    for (int i = 0; i < n; i++) {
+        if (!threadIdx.x) {
+            mbarrier_expect(&full, 128 * map.box_rows);
+            tma_load(box, &map, at[i].x, at[i].y, &full);
+        }
+        mbarrier_wait(&full, i % 2);
+        for (int j = (int)threadIdx.x; j < map.box_rows * 64; j += (int)blockDim.x)
+            out[i * map.box_rows * 64 + j] = box[place(j / 64, j % 64)];
+        __syncthreads();
+    }
+}
+
+enum { NO_BUG, NO_INIT, NO_DONE, NO_FULL, NO_EMPTY, NO_FENCE, NO_WAIT }; // what is not there, or
+enum { EARLY = 10, MISPLACED, TWICE, SHORT };
+
+// C[64][64] = A[64][K] B[64][K]^T by each block: a warp loads, three stages ahead; four multiply.
+template <int BUG>
+__global__ void pipeline(float *c, const __grid_constant__ TensorMap a,
+                         const __grid_constant__ TensorMap b, int K)
+{
+    DYNAMIC_SHARED(__nv_bfloat16, tiles); // [3][2][64][64]
+    SHARED(uint64_t, full, [3]);
+    SHARED(uint64_t, empty, [3]);
+    int t = (int)threadIdx.x, steps = (K + 63) / 64;
+    if (t == 0 && BUG != NO_INIT) {
+        for (int i = 0; i < 3; i++) mbarrier_init(&full[i], 1), mbarrier_init(&empty[i], 4);
+        if (BUG != NO_DONE) mbarrier_init_done();
+    }
+    __syncthreads();
+    if (t >= 128) {
+        for (int step = 0; t == 128 && step < steps; step++) {
+            int s = step % 3;
+            mbarrier_wait(&empty[s], 1 - step / 3 % 2);
+            mbarrier_expect(&full[s], BUG == SHORT ? 16000 : 16384);
+            if (BUG == TWICE) mbarrier_arrive(&full[s]);
+            tma_load(tiles + s * 8192 + (BUG == MISPLACED) * 256, &a, step * 64, 0, &full[s]);
+            tma_load(tiles + s * 8192 + 4096, &b, step * 64, 0, &full[s]);
+        }
+        return;
+    }
+    float d[8][4] = {};
+    for (int step = 0; step < steps; step++) {
+        int s = step % 3;
+        if (BUG != NO_FULL) mbarrier_wait(&full[s], step / 3 % 2);
+        if (BUG != NO_FENCE) wgmma_fence(d);
+        for (int k = 0; k < 64; k += 16)
+            wgmma<false, false>(d, tiles + s * 8192 + k, tiles + s * 8192 + 4096 + k, 0);
+        wgmma_commit();
+        if (BUG == EARLY && t % 32 == 0) mbarrier_arrive(&empty[s]);
+        if (BUG != NO_WAIT) wgmma_wait<1>(d); // so the step before is done
+        if (BUG != EARLY && BUG != NO_EMPTY && step && t % 32 == 0)
+            mbarrier_arrive(&empty[(step + 2) % 3]);
+    }
+    if (BUG != NO_WAIT) wgmma_wait<0>(d);
+    for (int j = 0; j < 8; j++)
+        for (int e = 0; e < 4; e++)
+            c[((int)blockIdx.x * 64 + t / 32 * 16 + t % 32 / 4 + e / 2 * 8) * 64 + j * 8 +
+              t % 4 * 2 + e % 2] = d[j][e];
+}
+
+struct Pipeline { // what it needs
+    static const int K = 600, LD = 608, SHARED_BYTES = 3 * 16384;
+    std::vector<__nv_bfloat16> a, b;
+    TensorMap ma, mb;
+    float *c = device_new<float>(2 * 64 * 64);
+    Pipeline() : a(64 * LD), b(64 * LD)
+    {
+        for (auto &v : a) v = uniform();
+        for (auto &v : b) v = uniform();
+        ma = tensor_map(device(a), 64, K, LD, 64), mb = tensor_map(device(b), 64, K, LD, 64);
+    }
+    template <int BUG> void run(int k = K)
+    {
+        LAUNCH(pipeline<BUG>, 2, 160, SHARED_BYTES, c, ma, mb, k);
+    }
+};
+
+static void test_hopper()
+{
+    const char *orders[] = {"forward", "reverse", "shuffle:1", "agree"};
+    std::vector<__nv_bfloat16> x(70 * 104);
+    for (auto &v : x) v = uniform();
+    std::vector<int2> at; // over every edge, and beyond
+    for (int row : {-41, -40, -39, -3, 0, 13, 30, 31, 69, 70, 200})
+        for (int column : {-65, -64, -63, -5, 0, 16, 36, 37, 99, 100, 300})
+            at.push_back({column, row});
+    __nv_bfloat16 *out = device_new<__nv_bfloat16>(at.size() * 40 * 64);
+    TensorMap map = tensor_map(device(x), 70, 100, 104, 40);
+    Pipeline p;
+    for (const char *order : orders) {
+        emu_order(order);
+        double worst =
+            multiply_errors<4>() + multiply_errors<8>() + multiply_errors<16>() +
+            (order == orders[0] ? multiply_errors<24>() : multiply_error<true, true, 24>(false));
+        check(worst < 1e-4, "wgmma, straight and transposed, of registers, of 32 to 192 columns");
+
+        LAUNCH(boxes, 1, 64, 40 * 128, out, map, device(at), (int)at.size());
+        std::vector<__nv_bfloat16> v = host(out, at.size() * 40 * 64);
+        bool good = true;
+        for (int i = 0; i < (int)v.size(); i++) {
+            int row = at[i / 2560].y + i / 64 % 40, column = at[i / 2560].x + i % 64;
+            bool inside = row >= 0 && row < 70 && column >= 0 && column < 100;
+            good &= (float)v[i] == (inside ? (float)x[row * 104 + column] : 0);
+        }
+        check(good, "TMA's boxes, with zeros outside of the tensor");
+
+        p.run<NO_BUG>();
+        std::vector<float> c = host(p.c, 2 * 64 * 64);
+        worst = 0;
+        for (int i = 0; i < 2 * 64 * 64; i++) {
+            double s = 0;
+            for (int k = 0; k < p.K; k++)
+                s += (double)p.a[i / 64 % 64 * p.LD + k] * (double)p.b[i % 64 * p.LD + k];
+            double error = fabs(s - c[i]);
+            worst = error <= worst ? worst : error;
+        }
+        check(worst < 1e-4, "TMA, mbarriers and wgmma in three stages");
+    }
+    emu_order("forward");
+}
+
 static void test_bfloat16()
 {
     bool back = true, ties = true;
@@ -871,6 +1068,116 @@ static void plant_races()
     emu_order("forward");
 }
 
+static __global__ void wgmma_misplaced(const __nv_bfloat16 *)
+{
+    DYNAMIC_SHARED(__nv_bfloat16, tile);
+    float d[8][4];
+    wgmma_fence(d);
+    wgmma<false, true>(d, tile, tile + 64, 0);
+}
+static __global__ void wgmma_half(const __nv_bfloat16 *)
+{
+    DYNAMIC_SHARED(__nv_bfloat16, tile);
+    float d[8][4];
+    wgmma_fence(d);
+    wgmma<false, false>(d, tile, tile, 0);
+}
+static __global__ void fourth_of_three()
+{
+    SHARED(uint64_t, full, [3]);
+    for (int i = 0; i < 4; i++) mbarrier_init(full + 2 * i, 1);
+}
+static __global__ void overwritten_mbarrier()
+{
+    SHARED(uint64_t, full, [3]);
+    mbarrier_init(full + 1, 1);
+    full[1]++;
+    mbarrier_arrive(full + 1);
+}
+// Not a race: a warp's threads hand over what they wrote by an mbarrier, back and forth.
+static __global__ void hand_over(float *y, const float *x, int bug)
+{
+    SHARED(float, s, [128]);
+    SHARED(uint64_t, full);
+    SHARED(uint64_t, empty);
+    int t = (int)threadIdx.x;
+    if (!t) mbarrier_init(&full, 64), mbarrier_init(&empty, 64);
+    __syncthreads();
+    for (int i = 0; i < 5; i++) {
+        s[t] = x[t] + (float)i;
+        if (t < 64) mbarrier_arrive(&full);
+        if (t < 64 || bug != 1) mbarrier_wait(&full, i % 2);
+        y[i * 128 + t] = s[t ^ (t < 64 ? 33 : 0)];
+        if (t < 64) mbarrier_arrive(&empty);
+        if (t < 64 && bug != 2) mbarrier_wait(&empty, i % 2);
+    }
+}
+
+static void plant_hopper_bugs()
+{
+    Pipeline p;
+    float *x = device(random_floats(128)), *y = device_new<float>(5 * 128);
+    __nv_bfloat16 *odd = (__nv_bfloat16 *)x + 1;
+#ifdef __SANITIZE_THREAD__
+    const char *words = "race: this thread ";
+    emu_order("reverse");
+    caught("a tile multiplied before it came",
+           {"race: this thread reads what a tma_load wrote", "shared (dynamic)"},
+           [&] { p.run<NO_FULL>(192); });
+#else
+    const char *words = "orders disagree";
+#endif
+    emu_order("agree");
+    LAUNCH(hand_over, 1, 64, 0, y, x, 0);
+    std::vector<float> v = host(y, 5 * 128), from = host(x, 128);
+    bool good = true;
+    for (int i = 0; i < 5 * 128; i++) good &= i % 128 >= 64 || v[i] == from[i % 128 ^ 33] + i / 128;
+    check(good, "mbarriers between threads that write and read");
+    caught("an mbarrier that is not waited for", {words, "hand_over"},
+           [&] { LAUNCH(hand_over, 1, 64, 0, y, x, 2); });
+    caught("tiles that are not waited for", {"the block ends, but not what tma_load began"},
+           [&] { p.run<NO_FULL>(192); });
+    caught("a sum read before its wgmma is done", {"orders disagree", "pipeline"},
+           [&] { p.run<NO_WAIT>(); });
+    caught("a tile overwritten while it is multiplied", {words, "pipeline"},
+           [&] { p.run<EARLY>(); });
+    for (const char *order : {"forward", "reverse", "shuffle:3"}) {
+        emu_order(order);
+        caught("an mbarrier where nobody arrives",
+               {"deadlock in block", "thread (0,0,0) waits in mbarrier_wait at line",
+                "thread (128,0,0) waits in mbarrier_wait at line",
+                "for byte 0 of shared empty, whose phase 0 lacks 4 of 4 arrivals and 0 bytes"},
+               [&] { p.run<NO_EMPTY>(); });
+        caught("more bytes than were expected",
+               {"deadlock", "byte 0 of shared full, whose phase 0 lacks 0 of 1 arrivals and -384"},
+               [&] { p.run<SHORT>(); });
+    }
+    emu_order("forward");
+    caught("a tile that is not aligned for TMA", {"tma_load", "not a multiple of 1024"},
+           [&] { p.run<MISPLACED>(); });
+    caught("an mbarrier that is not initialised",
+           {"mbarrier_wait", "byte 0 of shared", "is no mbarrier"}, [&] { p.run<NO_INIT>(); });
+    caught("an mbarrier that TMA may not see", {"tma_load", "mbarrier_init_done"},
+           [&] { p.run<NO_DONE>(); });
+    caught("an mbarrier that was overwritten", {"mbarrier_arrive", "byte 8 of shared full"},
+           [&] { LAUNCH(overwritten_mbarrier, 1, 1, 0); });
+    caught("an mbarrier past the last", {"out of bounds: byte 32 of shared full, which has 24"},
+           [&] { LAUNCH(fourth_of_three, 1, 1, 0); });
+    caught("more arrivals than a phase has", {"mbarrier_arrive", "had all its 1 arrivals"},
+           [&] { p.run<TWICE>(); });
+    caught("wgmma without a fence", {"wgmma at line", "wgmma_fence"}, [&] { p.run<NO_FENCE>(); });
+    caught("wgmma of a tile that is not aligned", {"wgmma at line", "b is at byte 128 of 1024"},
+           [&] { LAUNCH(wgmma_misplaced, 1, 128, 16384, odd); });
+    caught("wgmma by two warps", {"wgmma at line", "64 threads"},
+           [&] { LAUNCH(wgmma_half, 1, 64, 16384, odd); });
+    caught("a tensor that is not aligned", {"tensor_map", "not a multiple of 16"},
+           [&] { tensor_map(odd, 8, 8, 8, 8); });
+    caught("a tensor whose rows are not", {"tensor_map", "not a multiple of 16"},
+           [&] { tensor_map(odd - 1, 8, 8, 12, 8); });
+    caught("a box that is too high", {"tensor_map", "257 rows"},
+           [&] { tensor_map(odd - 1, 8, 8, 8, 257); });
+}
+
 [[maybe_unused]] static __global__ void misaligned(float4 *y, const float *x)
 {
     y[0] = *(const float4 *)(x + 1);
@@ -929,6 +1236,7 @@ int main()
     test_atomics();
     test_orders();
     test_tensor_cores();
+    test_hopper();
     test_bfloat16();
     test_gemm();
     test_runtime();
@@ -936,6 +1244,7 @@ int main()
     plant_memory_bugs();
     plant_meeting_bugs();
     plant_races();
+    plant_hopper_bugs();
     plant_other_bugs();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
