@@ -383,7 +383,9 @@ __global__ void multiply(float *c, const __nv_bfloat16 *a, const __nv_bfloat16 *
     }
     wgmma_see_shared();
     __syncthreads();
-    float d[N][4] = {};
+    float d[N][4];
+    for (int j = 0; j < N; j++) // without registers the first product sets what stands there
+        for (int e = 0; e < 4; e++) d[j][e] = registers ? 0 : NAN;
     wgmma_fence(d);
     for (int k = 0; k < 64; k += 16) {
         const __nv_bfloat16 *from = bs + (B_T ? k * 64 : k);
@@ -394,7 +396,8 @@ __global__ void multiply(float *c, const __nv_bfloat16 *a, const __nv_bfloat16 *
                                 a[(row + i / 2 % 2 * 8) * 64 + k + column + i % 2 + i / 4 * 8])
                             << i % 2 * 16;
             wgmma<B_T>(d, x, from, 8192);
-        } else wgmma<A_T, B_T>(d, as + (A_T ? k * 64 : k), from, 8192);
+        } else if (k) wgmma<A_T, B_T>(d, as + (A_T ? k * 64 : k), from, 8192);
+        else wgmma<A_T, B_T, false>(d, as, from, 8192);
         if (k % 32) wgmma_commit();
         if (k == 48) wgmma_wait<1>(d);
     }
