@@ -390,32 +390,33 @@ enum Kind { NORM, MATRIX, EMBEDDING, HEAD, ROUTER, ROUTER_BIAS };
 
 // Every weight, once: C type, field, layers that have it, how many, rows, columns, kind, and its
 // name in the released checkpoints. A matrix [rows, columns] maps columns numbers to rows numbers.
+// What is one number for all tokens, such as a norm's gain, is never rounded.
 #define MODEL_PARAMS(X) \
     X(real, embed,   1, 1, c->V, c->C, EMBEDDING, "model.embed_tokens.weight") \
-    X(real, norm,    1, 1, 1,    c->C, NORM,      "model.norm.weight") \
+    X(accum, norm,   1, 1, 1,    c->C, NORM,      "model.norm.weight") \
     X(real, lm_head, 1, 1, c->V, c->C, HEAD,      "lm_head.weight")
 
 #define LAYER_PARAMS(X) \
     /* multi-token prediction: [V3] 21 */ \
-    X(real, enorm,    mtp, 1, 1, c->C, NORM, "enorm.weight") \
-    X(real, hnorm,    mtp, 1, 1, c->C, NORM, "hnorm.weight") \
+    X(accum, enorm,   mtp, 1, 1, c->C, NORM, "enorm.weight") \
+    X(accum, hnorm,   mtp, 1, 1, c->C, NORM, "hnorm.weight") \
     X(real, w_eh,     mtp, 1, c->C, 2 * c->C, MATRIX, "eh_proj.weight") \
-    X(real, head_norm, mtp, 1, 1, c->C, NORM, "shared_head.norm.weight") \
+    X(accum, head_norm, mtp, 1, 1, c->C, NORM, "shared_head.norm.weight") \
     /* multi-head latent attention: [V3] 1-11 */ \
-    X(real, attn_norm, 1, 1, 1, c->C, NORM, "input_layernorm.weight") \
+    X(accum, attn_norm, 1, 1, 1, c->C, NORM, "input_layernorm.weight") \
     X(real, wq,       c->Rq == 0, 1, c->NH * (c->Dn + c->Dr), c->C, MATRIX, \
       "self_attn.q_proj.weight") \
     X(real, wq_a,     c->Rq, 1, c->Rq, c->C, MATRIX, "self_attn.q_a_proj.weight") \
-    X(real, q_norm,   c->Rq, 1, 1, c->Rq, NORM, "self_attn.q_a_layernorm.weight") \
+    X(accum, q_norm,  c->Rq, 1, 1, c->Rq, NORM, "self_attn.q_a_layernorm.weight") \
     X(real, wq_b,     c->Rq, 1, c->NH * (c->Dn + c->Dr), c->Rq, MATRIX, \
       "self_attn.q_b_proj.weight") \
     X(real, wkv_a,    1, 1, c->Rkv + c->Dr, c->C, MATRIX, \
       "self_attn.kv_a_proj_with_mqa.weight") \
-    X(real, kv_norm,  1, 1, 1, c->Rkv, NORM, "self_attn.kv_a_layernorm.weight") \
+    X(accum, kv_norm, 1, 1, 1, c->Rkv, NORM, "self_attn.kv_a_layernorm.weight") \
     X(real, wkv_b,    1, 1, c->NH * (c->Dn + c->Dv), c->Rkv, MATRIX, \
       "self_attn.kv_b_proj.weight") \
     X(real, wo,       1, 1, c->C, c->NH * c->Dv, MATRIX, "self_attn.o_proj.weight") \
-    X(real, ffn_norm, 1, 1, 1, c->C, NORM, "post_attention_layernorm.weight") \
+    X(accum, ffn_norm, 1, 1, 1, c->C, NORM, "post_attention_layernorm.weight") \
     /* dense feed-forward network */ \
     X(real, w_gate,   !moe, 1, c->F, c->C, MATRIX, "mlp.gate_proj.weight") \
     X(real, w_up,     !moe, 1, c->F, c->C, MATRIX, "mlp.up_proj.weight") \
@@ -1227,10 +1228,10 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
 }
 
 // out = x / rms(x) * w over rows of C numbers that stand ld_out and ld_x apart.
-static void rmsnorm_forward(real *out,     // [N, C]
-                            accum *rstd,   // [N], 1 / rms
-                            const real *x, // [N, C]
-                            const real *w, // [C]
+static void rmsnorm_forward(real *out,      // [N, C]
+                            accum *rstd,    // [N], 1 / rms
+                            const real *x,  // [N, C]
+                            const accum *w, // [C]
                             size_t N, size_t C, size_t ld_out, size_t ld_x, double eps)
 {
     METER(__func__, 0, 2 * N * C * sizeof(real));
@@ -1248,7 +1249,7 @@ static void rmsnorm_forward(real *out,     // [N, C]
 
 // out_i = x_i r w_i with r = (mean_j x_j^2 + eps)^(-1/2):
 // dx_i = r (dout_i w_i - x_i r^2 mean_j(dout_j w_j x_j)),  dw_i += sum_n dout_i x_i r.
-static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *x, const real *w,
+static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *x, const accum *w,
                              const accum *rstd, size_t N, size_t C, size_t ld_dout, size_t ld_x,
                              enum Mode mode)
 {
@@ -1807,16 +1808,20 @@ static void latent_attention(real *out,         // [n, NH, Dv]
 }
 
 // Copies new entries into such a cache: row n goes to position pos[n] of sequence slot[n].
-static void cache_store(real *cache,     // [slots, capacity, width]
-                        const real *x,   // [n, width]
-                        const int *slot, // [n]
-                        const int *pos,  // [n]
-                        size_t n, size_t width, size_t capacity)
+static void cache_store(real *c_kv,          // [slots, capacity, Rkv]
+                        real *k_pe,          // [slots, capacity, Dr]
+                        const real *new_ckv, // [n, Rkv]
+                        const real *new_kpe, // [n, Dr]
+                        const int *slot,     // [n]
+                        const int *pos,      // [n]
+                        size_t n, size_t Rkv, size_t Dr, size_t capacity)
 {
     #pragma omp for
-    for (size_t i = 0; i < n; i++)
-        memcpy(cache + ((size_t)slot[i] * capacity + (size_t)pos[i] % capacity) * width,
-               x + i * width, width * sizeof(real));
+    for (size_t i = 0; i < n; i++) {
+        size_t at = (size_t)slot[i] * capacity + (size_t)pos[i] % capacity;
+        memcpy(c_kv + at * Rkv, new_ckv + i * Rkv, Rkv * sizeof(real));
+        memcpy(k_pe + at * Dr, new_kpe + i * Dr, Dr * sizeof(real));
+    }
 }
 
 #endif // not MOE_CUDA
@@ -1891,7 +1896,7 @@ static void model_free(Model *m)
 static void model_set(Model *m, const Tensor *t, size_t i, const accum *x, size_t n)
 {
     if (has_master(m)) to_device(m->master + t->offset + i, x, n * sizeof(accum));
-    if (t->kind == ROUTER_BIAS)
+    if (tensor_dims(t) == 1)
         to_device((accum *)(m->weights + t->offset) + i, x, n * sizeof(accum));
     else
         reals_to_device(m->weights + t->offset + i, x, n);
@@ -1922,14 +1927,14 @@ enum { VALUE = 1, GRADIENT = 2, BOTH = 3 };
     X(real,  e,       MTP,   BOTH,  N, c->C)                   /* embedding of the token ahead */ \
     X(real,  h_prev,  MTP,   BOTH,  N, c->C)                   /* what the previous head saw */ \
     X(real,  z,       MTP,   BOTH,  N, 2 * c->C)               /* [enorm(e); hnorm(h_prev)] */ \
-    X(accum, rstd_e,  MTP,   VALUE, N, 1)                      /* 1 / rms of e, and so on */ \
+    X(accum, rstd_e, MTP,   VALUE, N, 1)                      /* 1 / rms of e, and so on */ \
     X(accum, rstd_hp, MTP,   VALUE, N, 1) \
     X(real,  x,       FIRST | MTP, BOTH, N, c->C)              /* input of the block */ \
     X(real,  xn,      ALL,   BOTH,  N, c->C)                   /* its norm, seen by attention */ \
-    X(accum, rstd_x,  ALL,   VALUE, N, 1) \
+    X(accum, rstd_x, ALL,   VALUE, N, 1) \
     X(real,  q_a,     ALL,   BOTH,  N, c->Rq)                  /* query latent */ \
     X(real,  c_q,     ALL,   BOTH,  N, c->Rq)                  /* its norm */ \
-    X(accum, rstd_q,  ALL,   VALUE, N, 1) \
+    X(accum, rstd_q, ALL,   VALUE, N, 1) \
     X(real,  q,       ALL,   BOTH,  N, c->NH * (c->Dn + c->Dr)) /* queries, q_pe rotated */ \
     X(real,  kv_a,    ALL,   BOTH,  N, c->Rkv + c->Dr)         /* key-value latent, k_pe */ \
     X(real,  c_kv,    ALL,   BOTH,  N, c->Rkv)                 /* the latent's norm */ \
@@ -1938,16 +1943,16 @@ enum { VALUE = 1, GRADIENT = 2, BOTH = 3 };
     X(real,  k_pe_heads, ALL, GRADIENT, N, c->NH * c->Dr)      /* of k_pe, from each head */ \
     X(real,  kv,      ALL,   BOTH,  N, c->NH * (c->Dn + c->Dv)) /* k_nope and v of each head */ \
     X(real,  o,       ALL,   BOTH,  N, c->NH * c->Dv)          /* output of the heads */ \
-    X(accum, lse,     ALL,   VALUE, N, c->NH)                  /* of attention's softmax */ \
+    X(accum, lse,    ALL,   VALUE, N, c->NH)                  /* of attention's softmax */ \
     X(real,  h,       ALL,   VALUE, N, c->C)                   /* x + attention */ \
     X(real,  hn,      ALL,   BOTH,  N, c->C)                   /* its norm, seen by the MLPs */ \
-    X(accum, rstd_h,  ALL,   VALUE, N, 1) \
+    X(accum, rstd_h, ALL,   VALUE, N, 1) \
     X(real,  gate,    DENSE, BOTH,  N, c->F)                   /* dense MLP */ \
     X(real,  up,      DENSE, BOTH,  N, c->F) \
     X(real,  act,     DENSE, BOTH,  N, c->F) \
-    X(accum, s,       MOE,   BOTH,  N, c->E)                   /* affinities */ \
+    X(accum, s,      MOE,   BOTH,  N, c->E)                   /* affinities */ \
     X(int,   topk,    MOE,   VALUE, N, c->K)                   /* experts taken */ \
-    X(accum, g,       MOE,   BOTH,  N, c->K)                   /* their weights */ \
+    X(accum, g,      MOE,   BOTH,  N, c->K)                   /* their weights */ \
     X(int,   row,     MOE,   VALUE, N, c->K)                   /* where dispatch put the token */ \
     X(int,   offsets, MOE,   VALUE, 1, c->E + 1)               /* of each expert's rows */ \
     X(real,  xs,      MOE,   BOTH,  N * c->K, c->C)            /* tokens sorted by expert */ \
@@ -1959,13 +1964,13 @@ enum { VALUE = 1, GRADIENT = 2, BOTH = 3 };
     X(real,  s_up,    MOE,   BOTH,  N, c->S * c->Fe) \
     X(real,  s_act,   MOE,   BOTH,  N, c->S * c->Fe) \
     X(accum, balance, MOE,   VALUE, N, 1)                      /* loss of each sequence */ \
-    X(accum, f,       MOE,   VALUE, N, c->E)                   /* loads in each sequence */ \
+    X(accum, f,      MOE,   VALUE, N, c->E)                   /* loads in each sequence */ \
     X(real,  y,       ALL,   VALUE, N, c->C)                   /* output of the block */ \
     X(real,  out,     LAST | MTP, BOTH, N, c->C)               /* its norm, seen by the head */ \
-    X(accum, rstd_y,  LAST | MTP, VALUE, N, 1) \
+    X(accum, rstd_y, LAST | MTP, VALUE, N, 1) \
     X(real,  logits,  LAST | MTP, BOTH, N, c->V) \
-    X(accum, lse_v,   LAST | MTP, VALUE, N, 1)                 /* of the head's softmax */ \
-    X(accum, loss,    LAST | MTP, VALUE, N, 1)
+    X(accum, lse_v,  LAST | MTP, VALUE, N, 1)                 /* of the head's softmax */ \
+    X(accum, loss,   LAST | MTP, VALUE, N, 1)
 
 #define ACT_FIELD(type, field, ...) type *field;
 typedef struct { LAYER_ACTS(ACT_FIELD) } LayerActs;
@@ -2282,7 +2287,7 @@ static void mla_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
 static void ffn_forward(LayerActs *a, const LayerWeights *w, const Config *c, size_t N)
 {
     size_t C = c->C, E = c->E, K = c->K, Fe = c->Fe;
-    device_copy(a->y, a->h, N * C * sizeof(real));
+    if (a->y != a->h) device_copy(a->y, a->h, N * C * sizeof(real));
     if (!w->w_router) {
         mlp_forward(a->y, a->gate, a->up, a->act, a->hn, w->w_gate, w->w_up, w->w_down,
                     all_rows(N), C, c->F, ADD);
@@ -2388,7 +2393,7 @@ static void mtp_backward(LayerActs *d, LayerGrads *dw, accum *dembed, const Laye
 }
 
 // The norm before the head is model.norm in the main model, shared_head.norm in an MTP layer.
-static const real *head_norm(const Model *m, size_t k)
+static const accum *head_norm(const Model *m, size_t k)
 {
     return k ? m->layer[m->config.L + k - 1].head_norm : m->w.norm;
 }
@@ -2827,6 +2832,7 @@ static void decoder_bind(Decoder *s)
         sets |= layer_set(c, l);
     }
     layer_acts_bind(&s->arena, &s->a, c, sets, VALUE, s->max_rows);
+    s->a.h = s->a.y = s->a.x; // nothing goes back through the blocks: they add to x in place
     size_t latents = size_mul(2 * s->max_rows, c->NH * c->Rkv);
     s->latent = (real *)arena_take(&s->arena, latents, sizeof(real));
     s->hidden = (real *)arena_take(&s->arena, s->max_rows * c->C, sizeof(real));
@@ -2884,11 +2890,10 @@ static void decode_block(const Decoder *s, LayerActs *a, size_t l, size_t n)
     size_t Dn = c->Dn, Dr = c->Dr, Dv = c->Dv;
     rmsnorm_forward(a->xn, a->rstd_x, a->x, w->attn_norm, n, C, C, C, c->eps);
     mla_project(a, w, c, s->pos, s->rope, n);
-    cache_store(s->c_kv[l], a->c_kv, s->slot, s->pos, n, Rkv, s->capacity);
-    cache_store(s->k_pe[l], a->k_pe, s->slot, s->pos, n, Dr, s->capacity);
+    cache_store(s->c_kv[l], s->k_pe[l], a->c_kv, a->k_pe, s->slot, s->pos, n, Rkv, Dr,
+                s->capacity);
     latent_attention(a->o, s->latent, a->q, w->wkv_b, s->c_kv[l], s->k_pe[l], s->slot, s->pos, n,
                      NH, Dn, Dr, Dv, Rkv, s->capacity, s->window, attention_scale(c));
-    device_copy(a->h, a->x, n * C * sizeof(real));
     matmul_forward(a->h, a->o, w->wo, all_rows(n), C, NH * Dv, ADD);
     rmsnorm_forward(a->hn, a->rstd_h, a->h, w->ffn_norm, n, C, C, C, c->eps);
     ffn_forward(a, w, c, n);
@@ -2900,11 +2905,7 @@ static void decode_main(const Decoder *s, size_t n)
     const Config *c = &s->m->config;
     LayerActs a = s->a;
     embedding_forward(a.x, s->token, s->m->w.embed, n, c->C);
-    for (size_t l = 0; l < c->L; l++) {
-        real *x = a.x;
-        if (l > 0) a.x = a.y, a.y = x;
-        decode_block(s, &a, l, n);
-    }
+    for (size_t l = 0; l < c->L; l++) decode_block(s, &a, l, n);
     head_forward(s->m, &a, 0, n);
     device_copy(s->hidden, a.out, n * c->C * sizeof(real));
 }

@@ -496,8 +496,8 @@ static void replay_free(Replay *r)
     for (size_t i = 0; i < RECORDINGS; i++) recording_free(&r->last[i]);
 }
 
-// W numbers that are loaded and stored at once.
-template <typename T, int W> struct alignas(W * sizeof(T)) Pack {
+// W numbers that are loaded and stored at once, or 16 bytes at a time.
+template <typename T, int W> struct alignas(W * sizeof(T) < 16 ? W * sizeof(T) : 16) Pack {
     T x[W];
 };
 
@@ -1083,7 +1083,7 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
 // out = x / rms(x) * w over rows of C numbers that stand ld_out and ld_x apart. A block a row;
 // reads C twice, the second time from cache, writes C.
 template <int W>
-__global__ void rmsnorm_forward_kernel(real *out, accum *rstd, const real *x, const real *w,
+__global__ void rmsnorm_forward_kernel(real *out, accum *rstd, const real *x, const accum *w,
                                        size_t C, size_t ld_out, size_t ld_x, float eps)
 {
     const real *xn = x + blockIdx.x * ld_x;
@@ -1096,16 +1096,17 @@ __global__ void rmsnorm_forward_kernel(real *out, accum *rstd, const real *x, co
     float r = 1 / sqrtf(block_reduce<false>(sum) / (float)C + eps);
     if (threadIdx.x == 0) rstd[blockIdx.x] = r;
     for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
-        Pack<real, W> xi = load<W>(xn + i), wi = load<W>(w + i);
-        for (int j = 0; j < W; j++) xi.x[j] = (real)((float)xi.x[j] * r * (float)wi.x[j]);
+        Pack<real, W> xi = load<W>(xn + i);
+        Pack<accum, W> wi = load<W>(w + i);
+        for (int j = 0; j < W; j++) xi.x[j] = (real)((float)xi.x[j] * r * wi.x[j]);
         store<W>(on + i, xi);
     }
 }
 
-static void rmsnorm_forward(real *out,     // [N, C]
-                            accum *rstd,   // [N], 1 / rms
-                            const real *x, // [N, C]
-                            const real *w, // [C]
+static void rmsnorm_forward(real *out,      // [N, C]
+                            accum *rstd,    // [N], 1 / rms
+                            const real *x,  // [N, C]
+                            const accum *w, // [C]
                             size_t N, size_t C, size_t ld_out, size_t ld_x, double eps)
 {
     METER(__func__, 0, 2 * N * C * sizeof(real));
@@ -1119,7 +1120,7 @@ static void rmsnorm_forward(real *out,     // [N, C]
 // 2 C (3 C to add), writes C.
 template <int W>
 __global__ void rmsnorm_backward_kernel(real *dx, float *dw_part, const real *dout, const real *x,
-                                        const real *w, const accum *rstd, size_t N, size_t C,
+                                        const accum *w, const accum *rstd, size_t N, size_t C,
                                         size_t ld_dout, size_t ld_x, int add)
 {
     DYNAMIC_SHARED(float, part); // [C]
@@ -1130,16 +1131,18 @@ __global__ void rmsnorm_backward_kernel(real *dx, float *dw_part, const real *do
         real *dxn = dx + n * ld_x;
         float dot = 0, r = rstd[n];
         for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
-            Pack<real, W> xi = load<W>(xn + i), di = load<W>(dn + i), wi = load<W>(w + i);
-            for (int j = 0; j < W; j++) dot += (float)di.x[j] * (float)wi.x[j] * (float)xi.x[j];
+            Pack<real, W> xi = load<W>(xn + i), di = load<W>(dn + i);
+            Pack<accum, W> wi = load<W>(w + i);
+            for (int j = 0; j < W; j++) dot += (float)di.x[j] * wi.x[j] * (float)xi.x[j];
         }
         float mean = block_reduce<false>(dot) * r * r / (float)C;
         for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
-            Pack<real, W> xi = load<W>(xn + i), di = load<W>(dn + i), wi = load<W>(w + i), to;
+            Pack<real, W> xi = load<W>(xn + i), di = load<W>(dn + i), to;
+            Pack<accum, W> wi = load<W>(w + i);
             if (add) to = load<W>(dxn + i);
             for (int j = 0; j < W; j++) {
                 float d = (float)di.x[j], at = (float)xi.x[j];
-                float sum = r * (d * (float)wi.x[j] - at * mean);
+                float sum = r * (d * wi.x[j] - at * mean);
                 to.x[j] = (real)(add ? (float)to.x[j] + sum : sum);
                 part[i + j] += d * at * r;
             }
@@ -1166,7 +1169,7 @@ __global__ void add_parts_kernel(float *out, const float *part, size_t parts, si
     out[i] += sum;
 }
 
-static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *x, const real *w,
+static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *x, const accum *w,
                              const accum *rstd, size_t N, size_t C, size_t ld_dout, size_t ld_x,
                              enum Mode mode)
 {
@@ -2939,22 +2942,26 @@ static void latent_attention(real *out,         // [n, NH, Dv]
 }
 
 // Copies new entries into such a cache: row n goes to position pos[n] of sequence slot[n].
-__global__ void cache_store_kernel(real *cache, const real *x, const int *slot, const int *pos,
-                                   size_t width, size_t capacity)
+__global__ void cache_store_kernel(real *c_kv, real *k_pe, const real *new_ckv, const real *new_kpe,
+                                   const int *slot, const int *pos, size_t Rkv, size_t Dr,
+                                   size_t capacity)
 {
     size_t n = blockIdx.x, at = (size_t)slot[n] * capacity + (size_t)pos[n] % capacity;
-    for (size_t i = threadIdx.x; i < width; i += blockDim.x)
-        cache[at * width + i] = x[n * width + i];
+    for (size_t i = threadIdx.x; i < Rkv + Dr; i += blockDim.x)
+        if (i < Rkv) c_kv[at * Rkv + i] = new_ckv[n * Rkv + i];
+        else k_pe[at * Dr + i - Rkv] = new_kpe[n * Dr + i - Rkv];
 }
 
-static void cache_store(real *cache,     // [slots, capacity, width]
-                        const real *x,   // [n, width]
-                        const int *slot, // [n]
-                        const int *pos,  // [n]
-                        size_t n, size_t width, size_t capacity)
+static void cache_store(real *c_kv,          // [slots, capacity, Rkv]
+                        real *k_pe,          // [slots, capacity, Dr]
+                        const real *new_ckv, // [n, Rkv]
+                        const real *new_kpe, // [n, Dr]
+                        const int *slot,     // [n]
+                        const int *pos,      // [n]
+                        size_t n, size_t Rkv, size_t Dr, size_t capacity)
 {
-    RUN_KERNEL(cache_store_kernel, grid_of(n, 1), row_threads(width), 0, cache, x, slot, pos, width,
-               capacity);
+    RUN_KERNEL(cache_store_kernel, grid_of(n, 1), BLOCK, 0, c_kv, k_pe, new_ckv, new_kpe, slot, pos,
+               Rkv, Dr, capacity);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -3042,7 +3049,9 @@ __global__ void adamw_kernel(real *weights, accum *master, accum *m, accum *v, c
         store<4>(m + at, m4);
         store<4>(v + at, v4);
         store<4>(master + at, w4);
-        if (sizeof(real) < sizeof(accum)) store<4>(weights + at, rounded);
+        if (sizeof(real) == sizeof(accum)) continue;
+        if (s.decays) store<4>(weights + at, rounded);
+        else store<4>((accum *)(weights + s.offset) + i, w4); // of a norm: never rounded
     }
 }
 
@@ -3237,8 +3246,8 @@ __global__ static void read_kernel(float *sum, const float4 *x, size_t n)
     if (s != 0) *sum = s; // it is 0: only the reading is wanted
 }
 
-// Reads a buffer again and again: bytes/s, at best. The host waits after some readings only, as that
-// takes it longer than the GPU a small one.
+// Reads a buffer again and again: bytes/s, at best. The host waits after some readings only, as
+// that takes it longer than a small one the GPU.
 static double measure_read(size_t bytes, int threads)
 {
     enum { READINGS = 8 };

@@ -1601,8 +1601,8 @@ static void test_latent_attention(void)
                 size_t at = (size_t)(slot[n] * T + pos[n]);
                 memcpy(rows + n * NQ, q + at * NQ, NQ * sizeof(real));
                 memcpy(expected + n * NOUT, plain + at * NOUT, NOUT * sizeof(real));
-                cache_store(c, c_kv + at * Rkv, slot + n, pos + n, 1, Rkv, capacity);
-                cache_store(r, k_pe + at * Dr, slot + n, pos + n, 1, Dr, capacity);
+                cache_store(c, r, c_kv + at * Rkv, k_pe + at * Dr, slot + n, pos + n, 1, Rkv, Dr,
+                            capacity);
             }
             latent_attention(out, latent, rows, w_b, c, r, slot, pos, n, NH, Dn, Dr, Dv, Rkv,
                              capacity, window, 0.6);

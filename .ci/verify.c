@@ -185,9 +185,9 @@ static void matmul(size_t N, size_t O, size_t I, const int *offsets, size_t grou
 static void rmsnorm(size_t N, size_t C, size_t ld_out, size_t ld_x, enum Mode mode)
 {
     if (!begin("rmsnorm")) return;
-    real *out = reals("out", N * ld_out), *x = reals("x", N * ld_x), *w = reals("w", C);
+    real *out = reals("out", N * ld_out), *x = reals("x", N * ld_x);
     real *dx = reals("dx", N * ld_x), *dout = reals("dout", N * ld_out);
-    accum *rstd = accums("rstd", N), *dw = accums("dw", C);
+    accum *rstd = accums("rstd", N), *w = accums("w", C), *dw = accums("dw", C);
     rmsnorm_forward(out, rstd, x, w, N, C, ld_out, ld_x, 1e-6);
     rmsnorm_backward(dx, dw, dout, x, w, rstd, N, C, ld_out, ld_x, mode);
     finish();
@@ -318,9 +318,9 @@ static void latent(size_t n, size_t NH, size_t Dn, size_t Dr, size_t Dv, size_t 
     int *slot = random_ints("slot", n, slots), *pos = random_ints("pos", n, 3 * window);
     real *out = reals("out", n * NH * Dv), *work = reals("work", 2 * NH * n * Rkv);
     real *q = reals("q", n * NH * (Dn + Dr)), *w = reals("w", NH * (Dn + Dv) * Rkv);
-    real *c_kv = reals("c_kv", slots * capacity * Rkv), *new_c = reals("new", Rkv);
-    real *k_pe = reals("k_pe", slots * capacity * Dr);
-    cache_store(c_kv, new_c, slot, pos, 1, Rkv, capacity);
+    real *c_kv = reals("c_kv", slots * capacity * Rkv), *new_ckv = reals("new", Rkv);
+    real *k_pe = reals("k_pe", slots * capacity * Dr), *new_kpe = reals("new k_pe", Dr);
+    cache_store(c_kv, k_pe, new_ckv, new_kpe, slot, pos, 1, Rkv, Dr, capacity);
     latent_attention(out, work, q, w, c_kv, k_pe, slot, pos, n, NH, Dn, Dr, Dv, Rkv, capacity,
                      window, 1 / sqrt((double)(Dn + Dr)));
     finish();
@@ -467,7 +467,7 @@ static accum golden_weight(const char *name, size_t i, size_t cols)
     return (accum)(u * sqrt(12 / (double)cols));
 }
 
-// The nearest number of 8 bits: weights are rounded for the CPU too, so that what is compared is
+// The nearest number of 8 bits: matrices are rounded for the CPU too, so that what is compared is
 // the arithmetic.
 static accum rounded(accum x)
 {
@@ -486,7 +486,8 @@ static Model golden_model(const Config *c)
         for (size_t k = 0; k < t->count; k++) {
             char name[NAME_MAX_LENGTH];
             tensor_name(name, "", t, k);
-            for (size_t j = 0; j < n; j++) x[j] = rounded(golden_weight(name, j, t->cols));
+            for (size_t j = 0; j < n; j++) x[j] = golden_weight(name, j, t->cols);
+            for (size_t j = 0; j < n && tensor_dims(t) > 1; j++) x[j] = rounded(x[j]);
             model_set(&m, t, k * n, x, n);
         }
         free(x);
