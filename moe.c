@@ -2815,7 +2815,8 @@ typedef struct {
     real **c_kv, **k_pe;  // [L + D] of [slots, capacity, Rkv] and [slots, capacity, Dr]
     real *latent;         // [2, NH, max_rows, Rkv]
     real *hidden;         // [max_rows, C] what the main head saw in the last call
-    int *token, *slot, *pos; // [max_rows]
+    int *token, *slot, *pos; // [max_rows] each, one after the other
+    int *rows;            // [3, max_rows] the same in host memory
     accum *rope;          // [positions, Dr]
     Replay replay[2];     // decode's and decode_mtp's
 } Decoder;
@@ -2836,9 +2837,9 @@ static void decoder_bind(Decoder *s)
     size_t latents = size_mul(2 * s->max_rows, c->NH * c->Rkv);
     s->latent = (real *)arena_take(&s->arena, latents, sizeof(real));
     s->hidden = (real *)arena_take(&s->arena, s->max_rows * c->C, sizeof(real));
-    s->token = (int *)arena_take(&s->arena, s->max_rows, sizeof(int));
-    s->slot = (int *)arena_take(&s->arena, s->max_rows, sizeof(int));
-    s->pos = (int *)arena_take(&s->arena, s->max_rows, sizeof(int));
+    s->token = (int *)arena_take(&s->arena, size_mul(3, s->max_rows), sizeof(int));
+    s->slot = s->token + s->max_rows;
+    s->pos = s->slot + s->max_rows;
 }
 
 // The plan of a decoder, with arena.used telling its memory; decoder_make allocates it.
@@ -2857,6 +2858,7 @@ static Decoder decoder_plan(const Model *m, size_t slots, size_t window, size_t 
         die(BAD_INPUT, "--tokens: a text of %zu tokens; at most %d are taken", positions, INT_MAX);
     s.c_kv = (real **)host_alloc(layers(&m->config), sizeof(real *));
     s.k_pe = (real **)host_alloc(layers(&m->config), sizeof(real *));
+    s.rows = (int *)host_alloc(size_mul(3, max_rows), sizeof(int));
     s.slots = slots;
     decoder_bind(&s);
     return s;
@@ -2877,6 +2879,7 @@ static void decoder_free(Decoder *s)
     for (int i = 0; i < 2; i++) replay_free(&s->replay[i]);
     device_free(s->arena.base);
     device_free(s->rope);
+    free(s->rows);
     free(s->c_kv);
     free(s->k_pe);
 }
@@ -2933,9 +2936,10 @@ static int is_small(const Decoder *s, size_t n)
 // head saw in hidden [n, C].
 static void decode(Decoder *s, const int *token, const int *slot, const int *pos, size_t n)
 {
-    to_device(s->token, token, n * sizeof(int));
-    to_device(s->slot, slot, n * sizeof(int));
-    to_device(s->pos, pos, n * sizeof(int));
+    memcpy(s->rows, token, n * sizeof(int));
+    memcpy(s->rows + s->max_rows, slot, n * sizeof(int));
+    memcpy(s->rows + 2 * s->max_rows, pos, n * sizeof(int));
+    to_device(s->token, s->rows, 3 * s->max_rows * sizeof(int));
     if (!replay_begin(&s->replay[0], (double)n)) return;
     if (is_small(s, n)) decode_main(s, n);
     else TEAM decode_main(s, n);
