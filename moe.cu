@@ -977,15 +977,13 @@ template <int W>
 __global__ void few_rows_kernel(real *out, const real *x, const real *w, const int *offsets,
                                 int groups, size_t O, size_t I, int add)
 {
-    int row = (int)blockIdx.y, lane = (int)threadIdx.x % WARP, low = 0, high = groups - 1;
+    int row = (int)blockIdx.y, lane = (int)threadIdx.x % WARP, before = 0; // groups that end before
     size_t o = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
-    if (o >= O || (offsets && row >= offsets[groups])) return;
-    while (low < high) { // the last group that does not begin after this row
-        int middle = (low + high + 1) / 2;
-        if (offsets[middle] <= row) low = middle;
-        else high = middle - 1;
-    }
-    const real *wo = w + ((size_t)low * O + o) * I, *xn = x + (size_t)row * I;
+    if (o >= O) return;
+    for (int e = lane; e - lane < groups && offsets; e += WARP)
+        before += __popc(__ballot_sync(~0u, e < groups && offsets[e + 1] <= row));
+    if (before == groups) return; // there are fewer rows
+    const real *wo = w + ((size_t)before * O + o) * I, *xn = x + (size_t)row * I;
     float sum = 0;
 #pragma unroll 8
     for (size_t i = (size_t)lane * W; i < I; i += WARP * W) {
