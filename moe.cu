@@ -9,9 +9,10 @@ the same names and in the same order, a kernel first and what launches it under 
     make gpu PRECISION=fp32   float throughout
     make emu                  either, by the C++ compiler, on the CPU: .ci/cuda_on_cpu.h
 
-Plain matrix products are cuBLAS's; the rest is here. Neither forward nor backward pass waits for
-the GPU, no T x T matrix is stored, and no sum depends on which thread comes first: the same run
-gives the same bits.
+Plain matrix products are cuBLAS's; the rest is here, for GPUs from sm_80 on and once more with what
+Hopper, sm_90, has of its own (MOE_HOPPER): tensor cores that read shared memory, and copies to it
+by boxes. Neither forward nor backward pass waits for the GPU, no T x T matrix is stored, and no sum
+depends on which thread comes first: the same run gives the same bits.
 
 At each kernel stands what it moves and computes. Bytes are of real (2 in bfloat16) unless said.
 */
@@ -218,26 +219,33 @@ __device__ static uint64_t wgmma_operand(const real *x, int next)
            (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 
-// d[64,n] += a[64,16] b[16,n] by four warps, 16 rows each, spread as by mma_16x8x16. a is stored
-// [64,16] or, A_T, [16,64], or it is in registers; b [n,16] or, B_T, [16,n].
+// d[64,n] += a[64,16] b[16,n] (= unless ADD) by four warps, 16 rows each, spread as by mma_16x8x16.
+// a is stored [64,16] or, A_T, [16,64], or it is in registers; b [n,16] or, B_T, [16,n]. One
+// instruction for each n, in which d takes the registers %0 .. %(n/2 - 1) and a, b and the three
+// flags those after.
 #define R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define R16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define R32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define R48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define R64 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define R80 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define R96 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, " \
             "%110, %111"
 #define R112 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, " \
              "%125, %126, %127"
-#define R80 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define R32_ALL R0 ", " R16
+#define R64_ALL R32_ALL ", " R32 ", " R48
+#define R96_ALL R64_ALL ", " R64 ", " R80
+#define R128_ALL R96_ALL ", " R96 ", " R112
 #define D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define D16(i) D4(i), D4(i + 1), D4(i + 2), D4(i + 3)
-#define WGMMA(N, registers, operands, operands_a_in_registers, ...) \
+#define D64(i) D16(i), D16(i + 4), D16(i + 8), D16(i + 12)
+#define WGMMA(N, registers, a_in_memory, a_in_registers, ...) \
     template <bool A_T, bool B_T, bool ADD = true> \
     __device__ static void wgmma(float (&d)[N / 8][4], const real *a, const real *b, int next) \
     { \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" registers "}, " \
-                     operands ";" : __VA_ARGS__ \
+                     a_in_memory ";" : __VA_ARGS__ \
                      : "l"(wgmma_operand(a, next)), "l"(wgmma_operand(b, next)), "n"(A_T), \
                        "n"(B_T), "n"(ADD)); \
     } \
@@ -246,21 +254,18 @@ __device__ static uint64_t wgmma_operand(const real *x, int next)
                                  int next) \
     { \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" registers "}, " \
-                     operands_a_in_registers ";" : __VA_ARGS__ \
+                     a_in_registers ";" : __VA_ARGS__ \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_operand(b, next)), \
                        "n"(B_T)); \
     }
-WGMMA(64, R0 ", " R16, "%32, %33, %36, 1, 1, %34, %35", "{%32, %33, %34, %35}, %36, 1, 1, 1, %37",
+WGMMA(64, R32_ALL, "%32, %33, %36, 1, 1, %34, %35", "{%32, %33, %34, %35}, %36, 1, 1, 1, %37",
       D16(0), D16(4))
-WGMMA(128, R0 ", " R16 ", " R32 ", " R48, "%64, %65, %68, 1, 1, %66, %67",
-      "{%64, %65, %66, %67}, %68, 1, 1, 1, %69", D16(0), D16(4), D16(8), D16(12))
-WGMMA(192, R0 ", " R16 ", " R32 ", " R48 ", " R64 ", " R80, "%96, %97, %100, 1, 1, %98, %99",
-      "{%96, %97, %98, %99}, %100, 1, 1, 1, %101", D16(0), D16(4), D16(8), D16(12), D16(16),
-      D16(20))
-
-WGMMA(256, R0 ", " R16 ", " R32 ", " R48 ", " R64 ", " R80 ", " R96 ", " R112,
-      "%128, %129, %132, 1, 1, %130, %131", "{%128, %129, %130, %131}, %132, 1, 1, 1, %133", D16(0),
-      D16(4), D16(8), D16(12), D16(16), D16(20), D16(24), D16(28))
+WGMMA(128, R64_ALL, "%64, %65, %68, 1, 1, %66, %67", "{%64, %65, %66, %67}, %68, 1, 1, 1, %69",
+      D64(0))
+WGMMA(192, R96_ALL, "%96, %97, %100, 1, 1, %98, %99", "{%96, %97, %98, %99}, %100, 1, 1, 1, %101",
+      D64(0), D16(16), D16(20))
+WGMMA(256, R128_ALL, "%128, %129, %132, 1, 1, %130, %131",
+      "{%128, %129, %130, %131}, %132, 1, 1, 1, %133", D64(0), D64(16))
 
 // A series of wgmma on d begins with a fence; it goes on while the threads do something else, until
 // at most PENDING of the series that were committed are under way.
