@@ -1643,6 +1643,43 @@ __device__ static void store_rows(real *to, size_t ld_to, const real *x, int ld,
     }
 }
 
+// The scores of a tile become weights, exp relative to the largest score of the row so far, to
+// which what the row had before, sum and o, is scaled. On the diagonal a row sees keys up to its
+// own; `row` is the upper of this lane's two. Four lanes share a row; sum is of this lane's columns.
+template <int KEYS, int V>
+__device__ static void weigh_scores(float (&sc)[KEYS][4], float (&o)[V][4], float (&max)[2],
+                                    float (&sum)[2], int diagonal, int row, float log2_scale)
+{
+    int col = (int)threadIdx.x % 4 * 2;
+    if (diagonal)
+#pragma unroll
+        for (int j = 0; j < KEYS; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (8 * j + col + e % 2 > row + e / 2 * 8) sc[j][e] = -INFINITY;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float most = max[half], total = 0;
+#pragma unroll
+        for (int j = 0; j < KEYS; j++)
+            most = fmaxf(most, fmaxf(sc[j][2 * half], sc[j][2 * half + 1]));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        float shrink = exp2_approx((max[half] - most) * log2_scale), base = most * log2_scale;
+#pragma unroll
+        for (int j = 0; j < KEYS; j++)
+#pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; e++) {
+                sc[j][e] = exp2_approx(sc[j][e] * log2_scale - base);
+                total += sc[j][e];
+            }
+        sum[half] = sum[half] * shrink + total;
+        max[half] = most;
+#pragma unroll
+        for (int n = 0; n < V; n++) o[n][2 * half] *= shrink, o[n][2 * half + 1] *= shrink;
+    }
+}
+
 // Blocks [B NH, tiles of queries], the longest first. While keys are used the next arrive.
 template <int DQ, int DV>
 __global__ void __launch_bounds__(FLASH_THREADS, 2)
@@ -1687,35 +1724,7 @@ flash_forward_kernel(real *out, accum *lse, const real *q, const real *kv, const
                 mma_16x8x16(sc[2 * j], qf[p], kf);
                 mma_16x8x16(sc[2 * j + 1], qf[p], kf + 2);
             }
-        if (tile == tiles - 1) // the diagonal
-#pragma unroll
-            for (int j = 0; j < FLASH / 8; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    if (8 * j + lane % 4 * 2 + e % 2 > row + lane / 4 + e / 2 * 8)
-                        sc[j][e] = -INFINITY;
-        // softmax: four lanes share a row
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float most = max[half], total = 0;
-#pragma unroll
-            for (int j = 0; j < FLASH / 8; j++)
-                most = fmaxf(most, fmaxf(sc[j][2 * half], sc[j][2 * half + 1]));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            float shrink = exp2f((max[half] - most) * log2_scale);
-#pragma unroll
-            for (int j = 0; j < FLASH / 8; j++)
-#pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; e++) {
-                    sc[j][e] = exp2f(sc[j][e] * log2_scale - most * log2_scale);
-                    total += sc[j][e];
-                }
-            sum[half] = sum[half] * shrink + total; // of this lane's columns
-            max[half] = most;
-#pragma unroll
-            for (int n = 0; n < DV / 8; n++) o[n][2 * half] *= shrink, o[n][2 * half + 1] *= shrink;
-        }
+        weigh_scores(sc, o, max, sum, tile == tiles - 1, row + lane / 4, log2_scale);
 #pragma unroll
         for (int k = 0; k < FLASH / 16; k++) {
             uint32_t pf[4];
@@ -1805,7 +1814,7 @@ flash_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *dout, 
                 int passing = at + 8 * j + lane % 4 * 2 + e % 2;
                 int t = KEYS ? passing : mine, u = KEYS ? mine : passing;
                 int seen = u <= t && t < s.T, safe = min(t, s.T - 1);
-                float weight = exp2f(p[j][e] * log2_scale - lse[safe] * 1.44269504f);
+                float weight = exp2_approx(p[j][e] * log2_scale - lse[safe] * 1.44269504f);
                 p[j][e] = seen ? weight : 0;
                 ds[j][e] = seen ? s.scale * weight * (ds[j][e] - delta[safe]) : 0;
             }
@@ -1972,36 +1981,7 @@ wgmma_attention_forward_kernel(real *out, accum *lse, const __grid_constant__ He
         for (int tile = 0; tile < count; tile++) {
             const real *vs = tiles + tile % 2 * ROWS * HEAD_SIZES + ROWS * HEAD_QK;
             int next = tile + 1;
-            if (next == count) // the diagonal
-#pragma unroll
-                for (int j = 0; j < ROWS / 8; j++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        if (8 * j + lane % 4 * 2 + e % 2 > mine + e / 2 * 8) sc[j][e] = -INFINITY;
-            // softmax: four lanes share a row
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float most = max[half], total = 0;
-#pragma unroll
-                for (int j = 0; j < ROWS / 8; j++)
-                    most = fmaxf(most, fmaxf(sc[j][2 * half], sc[j][2 * half + 1]));
-                most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-                most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-                float shrink = exp2_approx((max[half] - most) * log2_scale);
-                float base = most * log2_scale;
-#pragma unroll
-                for (int j = 0; j < ROWS / 8; j++)
-#pragma unroll
-                    for (int e = 2 * half; e < 2 * half + 2; e++) {
-                        sc[j][e] = exp2_approx(sc[j][e] * log2_scale - base);
-                        total += sc[j][e];
-                    }
-                sum[half] = sum[half] * shrink + total; // of this lane's columns
-                max[half] = most;
-#pragma unroll
-                for (int n = 0; n < HEAD_V / 8; n++)
-                    o[n][2 * half] *= shrink, o[n][2 * half + 1] *= shrink;
-            }
+            weigh_scores(sc, o, max, sum, next == count, mine, log2_scale);
             uint32_t weights[ROWS / 16][4];
 #pragma unroll
             for (int k = 0; k < ROWS / 16; k++) fragment_of(weights[k], sc, k);
@@ -2827,10 +2807,10 @@ flash_latent_kernel(float *part, // [rows and groups, shares, HEADS, RKV + 2]: s
         for (int half = 0; half < 2; half++) {
             float most = max[half], total = 0;
             for (int w = 0; w < WARPS; w++) most = fmaxf(most, most_of[w][lane / 4 + half * 8]);
-            float shrink = exp2f((max[half] - most) * log2_scale);
+            float shrink = exp2_approx((max[half] - most) * log2_scale);
             for (int e = 0; e < 4; e++) {
                 float *score = &sc[e / 2][2 * half + e % 2];
-                *score = exp2f((*score - most) * log2_scale);
+                *score = exp2_approx((*score - most) * log2_scale);
                 total += *score;
             }
             sum[half] = sum[half] * shrink + total; // of this lane's positions
@@ -2883,11 +2863,11 @@ __global__ void merge_latent_kernel(real *latent, const float *part, int n, int 
     part += ((size_t)row * groups + h / HEADS) * shares * step + h % HEADS * (RKV + 2);
     for (int s = 0; s < shares; s++) max = fmaxf(max, part[s * step + RKV]);
     for (int s = 0; s < shares; s++)
-        total += part[s * step + RKV + 1] * exp2f((part[s * step + RKV] - max) * log2_scale);
+        total += part[s * step + RKV + 1] * exp2_approx((part[s * step + RKV] - max) * log2_scale);
     for (int j = (int)threadIdx.x; j < Rkv; j += (int)blockDim.x) {
         float sum = 0;
         for (int s = 0; s < shares; s++)
-            sum += part[s * step + j] * exp2f((part[s * step + RKV] - max) * log2_scale);
+            sum += part[s * step + j] * exp2_approx((part[s * step + RKV] - max) * log2_scale);
         latent[((size_t)(NH + h) * n + row) * Rkv + j] = (real)(sum / total);
     }
 }
