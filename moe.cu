@@ -1645,7 +1645,8 @@ __device__ static void store_rows(real *to, size_t ld_to, const real *x, int ld,
 
 // The scores of a tile become weights, exp relative to the largest score of the row so far, to
 // which what the row had before, sum and o, is scaled. On the diagonal a row sees keys up to its
-// own; `row` is the upper of this lane's two. Four lanes share a row; sum is of this lane's columns.
+// own; `row` is the upper of this lane's two. Four lanes share a row; sum is of this lane's
+// columns.
 template <int KEYS, int V>
 __device__ static void weigh_scores(float (&sc)[KEYS][4], float (&o)[V][4], float (&max)[2],
                                     float (&sum)[2], int diagonal, int row, float log2_scale)
