@@ -844,7 +844,9 @@ grouped_weights_kernel(accum *dw, const real *dout, const real *x, const int *of
 #ifdef MOE_HOPPER
 // The same on Hopper. Blocks stay and take one tile after the other. A ninth warp of each has
 // strips of 64 along k brought to shared memory, some ahead and on into the next tile; two times
-// four warps multiply them from there, 64 rows of the tile each.
+// four warps multiply them from there, 64 rows of the tile each. Two barriers belong to each place
+// for a strip: `full`, whose phases end as a strip has come, and `empty`, whose phases end as the
+// eight warps are done with it.
 enum { BOX = 64, BOX_SIZE = BOX * BOX, WGMMA_THREADS = 2 * 128 + WARP };
 template <int N> constexpr int strip_size = (TILE + N) * BOX;
 template <int N> constexpr int strips = N > 128 ? 4 : 3; // what shared memory holds of them
@@ -1942,7 +1944,7 @@ wgmma_attention_forward_kernel(real *out, accum *lse, const __grid_constant__ He
                                AttentionSizes s)
 {
     constexpr int ROWS = PASS_FORWARD;
-    DYNAMIC_SHARED(real, qs);        // [3, OWN, 64]
+    DYNAMIC_SHARED(real, qs);         // [3, OWN, 64]
     real *tiles = qs + OWN * HEAD_QK; // [2] of keys [3, ROWS, 64] and values [2, ROWS, 64]
     SHARED(uint64_t, full, [2]);
     SHARED(uint64_t, empty, [2]);
@@ -2019,8 +2021,8 @@ wgmma_attention_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const ac
                                 AttentionSizes s)
 {
     constexpr int ROWS = PASS_BACKWARD;
-    DYNAMIC_SHARED(real, x);                                       // [3, OWN, 64]
-    real *y = x + OWN * HEAD_QK, *tiles = y + OWN * HEAD_V;        // [2, OWN, 64]
+    DYNAMIC_SHARED(real, x);                                // [3, OWN, 64]
+    real *y = x + OWN * HEAD_QK, *tiles = y + OWN * HEAD_V; // [2, OWN, 64]
     SHARED(float, lse_of, [PASSES][ROWS]); // of the queries that pass by, times log2 e
     SHARED(float, delta_of, [PASSES][ROWS]);
     SHARED(uint64_t, full, [PASSES]);
