@@ -2287,7 +2287,7 @@ static void mla_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
 static void ffn_forward(LayerActs *a, const LayerWeights *w, const Config *c, size_t N)
 {
     size_t C = c->C, E = c->E, K = c->K, Fe = c->Fe;
-    if (a->y != a->h) device_copy(a->y, a->h, N * C * sizeof(real));
+    if (a->y != a->h) device_copy(a->y, a->h, N * C * sizeof(real)); // one in decoding
     if (!w->w_router) {
         mlp_forward(a->y, a->gate, a->up, a->act, a->hn, w->w_gate, w->w_up, w->w_down,
                     all_rows(N), C, c->F, ADD);
