@@ -452,15 +452,26 @@ typedef struct {
 typedef struct {
     Tensor *tensor;
     size_t tensors;           // length of tensor[]
+    size_t added;             // elements of those whose gradients are added to: they lie first
     size_t elements;          // of all tensors, padding between them included
 } Layout;
 
 static size_t tensor_size(const Tensor *t) { return t->count * t->rows * t->cols; }
 
+// Vectors have one dimension in files, matrices two.
+static size_t tensor_dims(const Tensor *t)
+{
+    return t->kind == NORM || t->kind == ROUTER_BIAS ? 1 : 2;
+}
+
+// Whether operations only add to the gradient, so that it must be cleared first. Those of the other
+// tensors are matrix products, which can set it.
+static int is_added_to(const Tensor *t) { return tensor_dims(t) == 1 || t->kind == EMBEDDING; }
+
 // Lists the tensors of a model in the table's order.
 static Layout layout_make(const Config *c)
 {
-    Layout p = {NULL, 0, 0};
+    Layout p = {NULL, 0, 0, 0};
 #define COUNT(...) +1
     size_t most = (size_t)(MODEL_PARAMS(COUNT)) + (size_t)(LAYER_PARAMS(COUNT)) * layers(c);
     p.tensor = (Tensor *)host_alloc(most, sizeof(Tensor));
@@ -470,16 +481,22 @@ static Layout layout_make(const Config *c)
         Tensor *t = &p.tensor[p.tensors++]; \
         t->name = name_, t->layer = layer, t->kind = kind_; \
         t->count = (size_t)(count_), t->rows = (size_t)(rows_), t->cols = (size_t)(cols_); \
-        t->offset = p.elements; \
-        size_t wide = sizeof(type) / sizeof(real); /* 2 for an accum beside bfloat16 */ \
-        p.elements += (size_mul(wide * t->count, size_mul(t->rows, t->cols)) + 15) / 16 * 16; \
-        size_mul(p.elements, sizeof(double) * 8); \
     }
     MODEL_PARAMS(LIST)
     for (size_t l = 0; l < layers(c); l++) {
         int moe = is_moe(c, l), mtp = is_mtp(c, l);
         layer = (int)l;
         LAYER_PARAMS(LIST)
+    }
+    for (int added = 1; added >= 0; added--) {
+        for (Tensor *t = p.tensor; t < p.tensor + p.tensors; t++) {
+            if (is_added_to(t) != added) continue;
+            size_t wide = tensor_dims(t) == 1 ? sizeof(accum) / sizeof(real) : 1; // never rounded
+            t->offset = p.elements;
+            p.elements += (size_mul(wide * t->count, size_mul(t->rows, t->cols)) + 15) / 16 * 16;
+            size_mul(p.elements, sizeof(double) * 8);
+        }
+        if (added) p.added = p.elements;
     }
     return p;
 }
@@ -509,12 +526,6 @@ static double active_weights(const Config *c, const Layout *layout) // of the ma
 
 enum { NAME_MAX_LENGTH = 128 };
 
-// Vectors have one dimension in files, matrices two.
-static size_t tensor_dims(const Tensor *t)
-{
-    return t->kind == NORM || t->kind == ROUTER_BIAS ? 1 : 2;
-}
-
 // prefix and the checkpoint's name of a tensor, or of the one that belongs to this expert.
 static void tensor_name(char name[NAME_MAX_LENGTH], const char *prefix, const Tensor *t,
                         size_t expert)
@@ -530,8 +541,8 @@ static void tensor_name(char name[NAME_MAX_LENGTH], const char *prefix, const Te
 // ------------------------------------------------------------------------------------------------
 // 4  Operations
 
-// A gradient has the shape of what it is the gradient of. Gradients of weights are added to, those
-// of activations set unless a mode says ADD.
+// A gradient has the shape of what it is the gradient of. Those of norms and the embedding are
+// added to, the others set unless a mode says ADD.
 //
 // The threads of a team call an operation together, with the same arguments, and share out its
 // loops (omp for, at whose end they wait for each other); a thread that calls it alone does all of
@@ -1208,9 +1219,9 @@ static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r,
     }
 }
 
-// out = x W^T: dW_e[o,i] += sum_n dout[n,o] x[n,i].
+// out = x W^T: dW_e[o,i] = sum_n dout[n,o] x[n,i].
 static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r, size_t O,
-                              size_t I)
+                              size_t I, enum Mode mode)
 {
     METER(r.offsets ? "experts_backward_w" : __func__, 2.0 * r.rows * O * I,
           (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
@@ -1223,7 +1234,7 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
         size_t e = (size_t)t / (down * across), begin = group_begin(r, e);
         size_t o = (size_t)t / across % down * tall, i = (size_t)t % across * NC;
         gemm(dw + (e * O + o) * I + i, I, dout + begin * O + o, 1, O, x + begin * I + i, I, 1,
-             min_size(tall, O - o), min_size(NC, I - i), group_end(r, e) - begin, ADD);
+             min_size(tall, O - o), min_size(NC, I - i), group_end(r, e) - begin, mode);
     }
 }
 
@@ -1574,10 +1585,10 @@ static void router_forward(accum *s,          // [N, E] affinities
 
 // The selection is a constant. With S = sum of the selected s + 1e-20 and g_k = scale s_k / S:
 //     ds_k += scale / S (dg_k - sum_j dg_j s_j / S);   without norm  ds_k += scale dg_k.
-// s = sigmoid(z), z = x W^T:   dz = ds s (1 - s),  dx += dz W,  dW += dz^T x.
+// s = sigmoid(z), z = x W^T:   dz = ds s (1 - s),  dx += dz W,  dW = dz^T x as mode says.
 static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, const accum *s,
                             const int *topk, const real *x, const real *w, size_t N, size_t C,
-                            size_t E, size_t K, int norm, double scale)
+                            size_t E, size_t K, int norm, double scale, enum Mode mode)
 {
     METER(__func__, 4.0 * N * E * C, (N * (2 * C + 3 * E) + 2 * E * C) * sizeof(real));
     #pragma omp for
@@ -1592,7 +1603,7 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
         for (size_t e = 0; e < E; e++) dsn[e] *= sn[e] * (1 - sn[e]);
     }
     matmul_backward_x(dx, ds, w, all_rows(N), E, C, ADD);
-    matmul_backward_w(dw, ds, x, all_rows(N), E, C);
+    matmul_backward_w(dw, ds, x, all_rows(N), E, C, mode);
 }
 
 // Sequence-wise balance loss ([V3] 17-20), for each sequence
@@ -1836,6 +1847,7 @@ typedef struct {
     accum *master;      // [layout.elements] as they are trained and saved: weights itself or,
                         // where real is shorter, a copy of its own, NULL unless training
     accum *grads;       // [layout.elements], NULL unless training
+    enum Mode grads_mode; // of the next backward pass: SET after a step
     ModelWeights w;     // pointers into weights
     ModelGrads dw;      // pointers into grads
     LayerWeights *layer; // [L + D]
@@ -1858,6 +1870,7 @@ static Model model_make(const Config *c, int training)
     m.master = sizeof(real) == sizeof(accum) ? (accum *)m.weights : !training ? NULL :
                (accum *)device_zeros(m.layout.elements, sizeof(accum));
     m.grads = training ? (accum *)device_zeros(m.layout.elements, sizeof(accum)) : NULL;
+    m.grads_mode = SET;
     m.layer = (LayerWeights *)host_alloc(layers(c), sizeof(LayerWeights));
     m.dlayer = (LayerGrads *)host_alloc(layers(c), sizeof(LayerGrads));
     const Tensor *t = m.layout.tensor;
@@ -2025,7 +2038,7 @@ typedef struct {
     Batch *batch;         // [1 + depths]
     accum *rope;          // [T, Dr]
     double temperature, alpha, mtp_weight; // of the loss: 1, and the configuration's
-    Replay replay;        // model_forward_backward's
+    Replay replay[2];     // model_forward_backward's, of each mode
 } Acts;
 
 // Angles of rope_forward for positions 0 .. T-1 ([YaRN] 3.1-3.4 when rope_scaling is set).
@@ -2127,7 +2140,7 @@ static Acts acts_make(const Config *c, size_t B, size_t T, int training)
 
 static void acts_free(Acts *a)
 {
-    replay_free(&a->replay);
+    for (int i = 0; i < 2; i++) replay_free(&a->replay[i]);
     device_free(a->arena.base);
     device_free(a->rope);
     free(a->layer);
@@ -2137,7 +2150,7 @@ static void acts_free(Acts *a)
 // No more tokens than acts_make was asked for, in its memory: so many sequences, so long.
 static void acts_reshape(Acts *a, const Config *c, size_t B, size_t T)
 {
-    replay_free(&a->replay);
+    for (int i = 0; i < 2; i++) replay_free(&a->replay[i]);
     a->B = B;
     a->T = T;
     acts_bind(a, c);
@@ -2192,22 +2205,23 @@ static void mlp_forward(real *out, real *gate, real *up, real *act, const real *
     matmul_forward(out, act, w_down, r, C, F, mode);
 }
 
+// mode: of dx, dw_mode: of the weights' gradients.
 static void mlp_backward(real *dx, accum *dw_gate, accum *dw_up, accum *dw_down, real *dgate,
                          real *dup, real *dact, const real *dout, const real *gate,
                          const real *up, const real *act, const real *x, const real *w_gate,
                          const real *w_up, const real *w_down, Rows r, size_t C, size_t F,
-                         enum Mode mode)
+                         enum Mode mode, enum Mode dw_mode)
 {
     // out = W_down act
     matmul_backward_x(dact, dout, w_down, r, C, F, SET);
-    matmul_backward_w(dw_down, dout, act, r, C, F);
+    matmul_backward_w(dw_down, dout, act, r, C, F, dw_mode);
     // act = silu(gate) up
     swiglu_backward(dgate, dup, dact, gate, up, r.rows * F);
     // gate = W_gate x, up = W_up x
     matmul_backward_x(dx, dgate, w_gate, r, F, C, mode);
     matmul_backward_x(dx, dup, w_up, r, F, C, ADD);
-    matmul_backward_w(dw_gate, dgate, x, r, F, C);
-    matmul_backward_w(dw_up, dup, x, r, F, C);
+    matmul_backward_w(dw_gate, dgate, x, r, F, C, dw_mode);
+    matmul_backward_w(dw_up, dup, x, r, F, C, dw_mode);
 }
 
 static const double latent_eps = 1e-6; // of the two latent norms, whatever rms_norm_eps says
@@ -2247,7 +2261,7 @@ static void mla_forward(LayerActs *a, const LayerWeights *w, const Config *c, co
 }
 
 static void mla_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const LayerWeights *w,
-                         const Config *c, const Batch *b, const accum *rope)
+                         const Config *c, const Batch *b, const accum *rope, enum Mode mode)
 {
     size_t N = b->B * b->T, C = c->C, NH = c->NH, Rq = c->Rq;
     size_t Rkv = c->Rkv, Dn = c->Dn, Dr = c->Dr, Dv = c->Dv;
@@ -2255,31 +2269,31 @@ static void mla_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
     Rows r = all_rows(N);
     // h = x + W_o o; d->x holds dh and, with what the norm will add, becomes dx
     matmul_backward_x(d->o, d->x, w->wo, r, C, NH * Dv, SET);
-    matmul_backward_w(dw->wo, d->x, a->o, r, C, NH * Dv);
+    matmul_backward_w(dw->wo, d->x, a->o, r, C, NH * Dv, mode);
     // o = attention(q, kv, k_pe)
     attention_backward(d->q, d->kv, d->k_pe, d->k_pe_heads, d->o, a->o, a->lse, a->q, a->kv,
                        a->k_pe, b->B, b->T, NH, Dn, Dr, Dv, attention_scale(c));
     // kv = W_kv_b c_kv
     matmul_backward_x(d->c_kv, d->kv, w->wkv_b, r, NH * (Dn + Dv), Rkv, SET);
-    matmul_backward_w(dw->wkv_b, d->kv, a->c_kv, r, NH * (Dn + Dv), Rkv);
+    matmul_backward_w(dw->wkv_b, d->kv, a->c_kv, r, NH * (Dn + Dv), Rkv, mode);
     // [c_kv; k_pe] = [norm(latent); R k_pe], both from kv_a = W_kv_a xn
     rope_backward(d->kv_a + Rkv, d->k_pe, b->pos, rope, N, 1, Dr, Rkv + Dr, Dr, Dr);
     rmsnorm_backward(d->kv_a, dw->kv_norm, d->c_kv, a->kv_a, w->kv_norm, a->rstd_kv, N, Rkv, Rkv,
                      Rkv + Dr, SET);
     matmul_backward_x(d->xn, d->kv_a, w->wkv_a, r, Rkv + Dr, C, SET);
-    matmul_backward_w(dw->wkv_a, d->kv_a, a->xn, r, Rkv + Dr, C);
+    matmul_backward_w(dw->wkv_a, d->kv_a, a->xn, r, Rkv + Dr, C, mode);
     // q = R (W_q_b norm(W_q_a xn)), or R (W_q xn)
     rope_backward(d->q + Dn, d->q + Dn, b->pos, rope, N, NH, Dr, NH * Dq, NH * Dq, Dq);
     if (Rq) {
         matmul_backward_x(d->c_q, d->q, w->wq_b, r, NH * Dq, Rq, SET);
-        matmul_backward_w(dw->wq_b, d->q, a->c_q, r, NH * Dq, Rq);
+        matmul_backward_w(dw->wq_b, d->q, a->c_q, r, NH * Dq, Rq, mode);
         rmsnorm_backward(d->q_a, dw->q_norm, d->c_q, a->q_a, w->q_norm, a->rstd_q, N, Rq, Rq, Rq,
                          SET);
         matmul_backward_x(d->xn, d->q_a, w->wq_a, r, Rq, C, ADD);
-        matmul_backward_w(dw->wq_a, d->q_a, a->xn, r, Rq, C);
+        matmul_backward_w(dw->wq_a, d->q_a, a->xn, r, Rq, C, mode);
     } else {
         matmul_backward_x(d->xn, d->q, w->wq, r, NH * Dq, C, ADD);
-        matmul_backward_w(dw->wq, d->q, a->xn, r, NH * Dq, C);
+        matmul_backward_w(dw->wq, d->q, a->xn, r, NH * Dq, C, mode);
     }
 }
 
@@ -2308,7 +2322,7 @@ static void ffn_forward(LayerActs *a, const LayerWeights *w, const Config *c, si
 // d->x holds dy, which is dh too but for what flows through hn. dbalance: of each sequence's
 // balance loss.
 static void ffn_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const LayerWeights *w,
-                         const Config *c, const Batch *b, double dbalance)
+                         const Config *c, const Batch *b, double dbalance, enum Mode mode)
 {
     size_t N = b->B * b->T, C = c->C, E = c->E, K = c->K;
     size_t Fe = c->Fe;
@@ -2316,7 +2330,7 @@ static void ffn_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
         // y = h + mlp(hn)
         mlp_backward(d->hn, dw->w_gate, dw->w_up, dw->w_down, d->gate, d->up, d->act, d->x,
                      a->gate, a->up, a->act, a->hn, w->w_gate, w->w_up, w->w_down, all_rows(N), C,
-                     c->F, SET);
+                     c->F, SET, mode);
         return;
     }
     Rows experts = {a->offsets, E, N * K};
@@ -2325,18 +2339,18 @@ static void ffn_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
     // e_out = experts(xs)
     mlp_backward(d->xs, dw->e_gate, dw->e_up, dw->e_down, d->e_gate, d->e_up, d->e_act, d->e_out,
                  a->e_gate, a->e_up, a->e_act, a->xs, w->e_gate, w->e_up, w->e_down, experts, C,
-                 Fe, SET);
+                 Fe, SET, mode);
     // xs = tokens of hn
     dispatch_backward(d->hn, d->xs, a->row, N, K, C, SET);
     // s, g = router(hn); balance = sum_i f_i P_i(s)
     balance_backward(d->s, dbalance, a->f, a->s, b->B, b->T, E);
     router_backward(d->hn, dw->w_router, d->s, d->g, a->s, a->topk, a->hn, w->w_router, N, C, E,
-                    K, c->norm_topk, c->route_scale);
+                    K, c->norm_topk, c->route_scale, mode);
     // y += shared(hn)
     if (c->S)
         mlp_backward(d->hn, dw->s_gate, dw->s_up, dw->s_down, d->s_gate, d->s_up, d->s_act, d->x,
                      a->s_gate, a->s_up, a->s_act, a->hn, w->s_gate, w->s_up, w->s_down,
-                     all_rows(N), C, c->S * Fe, ADD);
+                     all_rows(N), C, c->S * Fe, ADD, mode);
 }
 
 // A block: h = x + MLA(norm(x)), y = h + FFN(norm(h)).
@@ -2352,17 +2366,17 @@ static void block_forward(LayerActs *a, const LayerWeights *w, const Config *c, 
         balance_forward(a->balance, a->f, a->s, b->B, b->T, c->E, c->K);
 }
 
-// In: d->x = dy. Out: d->x = dx.
+// In: d->x = dy. Out: d->x = dx. mode: of the matrices' gradients.
 static void block_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a,
                            const LayerWeights *w, const Config *c, const Batch *b,
-                           const accum *rope, double dbalance)
+                           const accum *rope, double dbalance, enum Mode mode)
 {
     size_t N = b->B * b->T, C = c->C;
     // y = h + FFN(norm(h))
-    ffn_backward(d, dw, a, w, c, b, dbalance);
+    ffn_backward(d, dw, a, w, c, b, dbalance, mode);
     rmsnorm_backward(d->x, dw->ffn_norm, d->hn, a->h, w->ffn_norm, a->rstd_h, N, C, C, C, ADD);
     // h = x + MLA(norm(x))
-    mla_backward(d, dw, a, w, c, b, rope);
+    mla_backward(d, dw, a, w, c, b, rope, mode);
     rmsnorm_backward(d->x, dw->attn_norm, d->xn, a->x, w->attn_norm, a->rstd_x, N, C, C, C, ADD);
 }
 
@@ -2379,11 +2393,12 @@ static void mtp_forward(LayerActs *a, const LayerWeights *w, const real *embed, 
 }
 
 static void mtp_backward(LayerActs *d, LayerGrads *dw, accum *dembed, const LayerActs *a,
-                         const LayerWeights *w, const int *token, size_t N, size_t C)
+                         const LayerWeights *w, const int *token, size_t N, size_t C,
+                         enum Mode mode)
 {
     // x = W_eh z
     matmul_backward_x(d->z, d->x, w->w_eh, all_rows(N), C, 2 * C, SET);
-    matmul_backward_w(dw->w_eh, d->x, a->z, all_rows(N), C, 2 * C);
+    matmul_backward_w(dw->w_eh, d->x, a->z, all_rows(N), C, 2 * C, mode);
     // z = [enorm(e); hnorm(h_prev)]
     rmsnorm_backward(d->h_prev, dw->hnorm, d->z + C, a->h_prev, w->hnorm, a->rstd_hp, N, C,
                      2 * C, C, SET);
@@ -2406,14 +2421,14 @@ static void head_forward(const Model *m, LayerActs *a, size_t k, size_t N)
     matmul_forward(a->logits, a->out, m->w.lm_head, all_rows(N), m->config.V, C, SET);
 }
 
-// mode ADD: d->out already holds what depth k + 1 sends back.
+// mode ADD: d->out already holds what depth k + 1 sends back. dw_mode: of lm_head's gradient.
 static void head_backward(Model *m, LayerActs *d, const LayerActs *a, size_t k, size_t N,
-                          enum Mode mode)
+                          enum Mode mode, enum Mode dw_mode)
 {
     size_t C = m->config.C, V = m->config.V;
     accum *dnorm = k ? m->dlayer[m->config.L + k - 1].head_norm : m->dw.norm;
     matmul_backward_x(d->out, d->logits, m->w.lm_head, all_rows(N), V, C, mode);
-    matmul_backward_w(m->dw.lm_head, d->logits, a->out, all_rows(N), V, C);
+    matmul_backward_w(m->dw.lm_head, d->logits, a->out, all_rows(N), V, C, dw_mode);
     rmsnorm_backward(d->x, dnorm, d->out, a->y, head_norm(m, k), a->rstd_y, N, C, C, C, SET);
 }
 
@@ -2444,28 +2459,37 @@ static void model_forward(const Model *m, Acts *a)
 
 // Adds scale * d(loss of the batch) to the gradients, where ([V3] 24-25, 17)
 //     loss = main + mtp_weight * mean over depths of mtp_k + alpha * balance,
-// main and mtp_k the tokens' losses times their weights.
+// main and mtp_k the tokens' losses times their weights. The first pass after a step sets them all,
+// whatever they were: products need not read what they replace, and only the rest is cleared.
 static void model_backward(Model *m, Acts *a, double scale)
 {
     const Config *c = &m->config;
     LayerActs *d = &a->d;
     double dbalance = scale * a->alpha / (double)a->B;
-    TEAM
-    for (size_t depth = a->depths + 1; depth-- > 0;) {
-        const Batch *b = &a->batch[depth];
-        size_t last = c->L - 1 + depth, first = depth ? last : 0, N = b->B * b->T;
-        cross_entropy_backward(d->logits, depth ? scale * a->mtp_weight / (double)c->D : scale,
-                               b->weight, a->layer[last].lse_v, a->layer[last].logits, b->target,
-                               a->temperature, N, c->V);
-        head_backward(m, d, &a->layer[last], depth, N, depth == a->depths ? SET : ADD);
-        for (size_t l = last + 1; l-- > first;)
-            block_backward(d, &m->dlayer[l], &a->layer[l], &m->layer[l], c, b, a->rope, dbalance);
-        if (depth > 0) {
-            mtp_backward(d, &m->dlayer[first], m->dw.embed, &a->layer[first], &m->layer[first],
-                         b->token, N, c->C);
-            crop_backward(d->out, d->h_prev, b->B, b->T, a->batch[depth - 1].T, c->C);
-        } else {
-            embedding_backward(m->dw.embed, d->x, b->token, N, c->C);
+    enum Mode mode = m->grads_mode;
+    size_t cleared = a->depths < c->D ? m->layout.elements : m->layout.added; // MTP may be left out
+    m->grads_mode = ADD;
+    TEAM {
+        if (mode == SET) device_zero(m->grads, cleared * sizeof(accum));
+        for (size_t depth = a->depths + 1; depth-- > 0;) {
+            const Batch *b = &a->batch[depth];
+            size_t last = c->L - 1 + depth, first = depth ? last : 0, N = b->B * b->T;
+            int deepest = depth == a->depths;
+            cross_entropy_backward(d->logits, depth ? scale * a->mtp_weight / (double)c->D : scale,
+                                   b->weight, a->layer[last].lse_v, a->layer[last].logits,
+                                   b->target, a->temperature, N, c->V);
+            head_backward(m, d, &a->layer[last], depth, N, deepest ? SET : ADD,
+                          deepest ? mode : ADD);
+            for (size_t l = last + 1; l-- > first;)
+                block_backward(d, &m->dlayer[l], &a->layer[l], &m->layer[l], c, b, a->rope,
+                               dbalance, mode);
+            if (depth > 0) {
+                mtp_backward(d, &m->dlayer[first], m->dw.embed, &a->layer[first],
+                             &m->layer[first], b->token, N, c->C, mode);
+                crop_backward(d->out, d->h_prev, b->B, b->T, a->batch[depth - 1].T, c->C);
+            } else {
+                embedding_backward(m->dw.embed, d->x, b->token, N, c->C);
+            }
         }
     }
 }
@@ -2473,10 +2497,21 @@ static void model_backward(Model *m, Acts *a, double scale)
 // Both, always of the same model.
 static void model_forward_backward(Model *m, Acts *a, double scale)
 {
-    if (!replay_begin(&a->replay, scale)) return;
-    model_forward(m, a);
-    model_backward(m, a, scale);
-    replay_end(&a->replay);
+    Replay *replay = &a->replay[m->grads_mode];
+    if (replay_begin(replay, scale)) {
+        model_forward(m, a);
+        model_backward(m, a, scale);
+        replay_end(replay);
+    }
+    m->grads_mode = ADD; // after a replay, too
+}
+
+// The gradients since the last step: none, if there was no pass.
+static accum *model_grads(Model *m)
+{
+    if (m->grads_mode == SET) device_zero(m->grads, m->layout.elements * sizeof(accum));
+    m->grads_mode = ADD;
+    return m->grads;
 }
 
 typedef struct {
@@ -2761,7 +2796,7 @@ static void optimizer_count_load(Optimizer *o, const Model *m, const Acts *a)
 static void optimizer_gather(Optimizer *o, Model *m)
 {
 #ifdef MOE_MPI
-    all_reduce(m->grads, m->layout.elements);
+    all_reduce(model_grads(m), m->layout.elements);
     all_reduce_load(o->load, layers(&m->config) * m->config.E);
 #else
     (void)o, (void)m;
@@ -2771,17 +2806,18 @@ static void optimizer_gather(Optimizer *o, Model *m)
 // Forgets the gradients and loads of a step that is not to be taken.
 static void optimizer_skip(Optimizer *o, Model *m)
 {
-    device_zero(m->grads, m->layout.elements * sizeof(accum));
+    m->grads_mode = SET;
     device_zero(o->load, layers(&m->config) * m->config.E * sizeof(int));
 }
 
-static double grad_norm(const Model *m) { return sqrt(sum_squares(m->grads, m->layout.elements)); }
+static double grad_norm(Model *m) { return sqrt(sum_squares(model_grads(m), m->layout.elements)); }
 
 // One step with the gradients that stand in the model, clipped to a global norm; then the routers'
-// biases. norm is grad_norm's. Clears the gradients.
+// biases. norm is grad_norm's. The next backward pass begins with new gradients.
 static void optimizer_step(Optimizer *o, Model *m, const Recipe *r, double norm)
 {
     double g_scale = r->clip > 0 ? fmin(1, r->clip / (norm + 1e-6)) : 1;
+    const accum *grads = model_grads(m);
     o->step++;
     for (size_t i = 0; i < m->layout.tensors; i++) {
         const Tensor *t = &m->layout.tensor[i];
@@ -2791,14 +2827,14 @@ static void optimizer_step(Optimizer *o, Model *m, const Recipe *r, double norm)
         if (has_master(m)) device_copy(m->weights + t->offset, bias, t->cols * sizeof(accum));
     }
     TEAM {
-        adamw_step(m->weights, m->master, o->m, o->v, m->grads, o->span, o->spans[!r->muon],
+        adamw_step(m->weights, m->master, o->m, o->v, grads, o->span, o->spans[!r->muon],
                    o->pieces[!r->muon], o->step, r->adam_lr, r->beta1, r->beta2, r->eps, r->decay,
                    g_scale);
         if (r->muon)
-            muon_step(m->weights, m->master, o->m, m->grads, o->matrix, o->matrices, r->lr,
+            muon_step(m->weights, m->master, o->m, grads, o->matrix, o->matrices, r->lr,
                       r->momentum, r->decay, g_scale);
-        device_zero(m->grads, m->layout.elements * sizeof(accum));
     }
+    m->grads_mode = SET;
 }
 
 // ------------------------------------------------------------------------------------------------

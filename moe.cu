@@ -831,14 +831,14 @@ grouped_rows_kernel(real *c, const real *a, const real *w, const int *offsets, i
 // Blocks [tiles of I, tiles of O, groups].
 __global__ void __launch_bounds__(TILE_THREADS, 2)
 grouped_weights_kernel(accum *dw, const real *dout, const real *x, const int *offsets, int O, int I,
-                       int wide)
+                       int add, int wide)
 {
     int begin = offsets[blockIdx.z], rows = offsets[blockIdx.z + 1] - begin;
     int o = (int)blockIdx.y * TILE, i = (int)blockIdx.x * TILE;
-    if (rows == 0) return;
+    if (rows == 0 && add) return;
     gemm_tile<true, false>(dw + ((size_t)blockIdx.z * O + o) * I + i, I,
                            dout + (size_t)begin * O + o, O, x + (size_t)begin * I + i, I, O - o,
-                           I - i, rows, 1, wide);
+                           I - i, rows, add, wide);
 }
 
 #ifdef MOE_HOPPER
@@ -932,7 +932,7 @@ wgmma_kernel(Out *c, const __grid_constant__ TensorMap a, const __grid_constant_
             }
             continue;
         }
-        if (p.k == 0) continue; // an expert without tokens
+        if (p.k == 0 && add) continue; // an expert without tokens
         int first = warp / 4 * BOX;
         float acc[N / 8][4] = {};
         for (int left = p.k; left > 0; left -= BOX) {
@@ -1045,6 +1045,7 @@ static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r,
 {
     METER(r.offsets ? "experts_backward_x" : __func__, 2.0 * r.rows * O * I,
           (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
+    if (r.rows == 0) return; // tensor_map wants some
     if (!r.offsets) {
         gemm(dx, I, dout, 0, O, w, 0, I, r.rows, I, O, mode == ADD ? 1.0f : 0.0f);
         return;
@@ -1062,26 +1063,31 @@ static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r,
                mode == ADD, (O | I) % WIDE == 0);
 }
 
-// out = x W^T: dW_e[o,i] += sum_n dout[n,o] x[n,i].
+// out = x W^T: dW_e[o,i] = sum_n dout[n,o] x[n,i].
 static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r, size_t O,
-                              size_t I)
+                              size_t I, enum Mode mode)
 {
     METER(r.offsets ? "experts_backward_w" : __func__, 2.0 * r.rows * O * I,
           (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
+    if (r.rows == 0) {
+        if (mode == SET) device_zero(dw, r.groups * O * I * sizeof(accum));
+        return;
+    }
     if (!r.offsets) {
-        gemm(dw, I, dout, 1, O, x, 0, I, O, I, r.rows, 1);
+        gemm(dw, I, dout, 1, O, x, 0, I, O, I, r.rows, mode == ADD ? 1.0f : 0.0f);
         return;
     }
 #ifdef MOE_HOPPER
     if ((O | I) % WIDE == 0) {
         wgmma_grouped<128, true, false>(dw, tensor_map(dout, r.rows, O, O, BOX),
-                                        tensor_map(x, r.rows, I, I, BOX), r, O, I, 0, 1);
+                                        tensor_map(x, r.rows, I, I, BOX), r, O, I, 0,
+                                        mode == ADD);
         return;
     }
 #endif
     RUN_KERNEL(grouped_weights_kernel,
                dim3(grid_of(I, TILE), grid_of(O, TILE), (unsigned)r.groups), TILE_THREADS,
-               (tile_bytes<true, false>()), dw, dout, x, r.offsets, (int)O, (int)I,
+               (tile_bytes<true, false>()), dw, dout, x, r.offsets, (int)O, (int)I, mode == ADD,
                (O | I) % WIDE == 0);
 }
 
@@ -2319,7 +2325,7 @@ static void router_forward(accum *s,          // [N, E] affinities
 
 // The selection is a constant. With S = sum of the selected s + 1e-20 and g_k = scale s_k / S:
 //     ds_k += scale / S (dg_k - sum_j dg_j s_j / S);   without norm  ds_k += scale dg_k.
-// s = sigmoid(z), z = x W^T:   dz = ds s (1 - s),  dx += dz W,  dW += dz^T x.
+// s = sigmoid(z), z = x W^T:   dz = ds s (1 - s),  dx += dz W,  dW = dz^T x as mode says.
 // A warp a token, alone in its block; reads 8 E bytes, writes E.
 __global__ void router_backward_kernel(real *dz, accum *ds, const accum *dg, const accum *s,
                                        const int *topk, int E, int K, int norm, float scale)
@@ -2341,14 +2347,14 @@ __global__ void router_backward_kernel(real *dz, accum *ds, const accum *dg, con
 
 static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, const accum *s,
                             const int *topk, const real *x, const real *w, size_t N, size_t C,
-                            size_t E, size_t K, int norm, double scale)
+                            size_t E, size_t K, int norm, double scale, enum Mode mode)
 {
     METER(__func__, 4.0 * N * E * C, (N * (2 * C + 3 * E) + 2 * E * C) * sizeof(real));
     real *dz = (real *)scratch(N * E * sizeof(real)); // [N, E]
     RUN_KERNEL(router_backward_kernel, grid_of(N, 1), WARP, 0, dz, ds, dg, s, topk, (int)E, (int)K,
                norm, (float)scale);
     matmul_backward_x(dx, dz, w, all_rows(N), E, C, ADD);
-    matmul_backward_w(dw, dz, x, all_rows(N), E, C);
+    matmul_backward_w(dw, dz, x, all_rows(N), E, C, mode);
 }
 
 // Sequence-wise balance loss ([V3] 17-20), for each sequence

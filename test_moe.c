@@ -316,10 +316,10 @@ static void test_matmul_gradient(void)
     static const int cut[][6] = { // where groups end, in twelfths of the rows; first: one group
         {0}, {0, 0, 5, 5, 12, 12}, {0, 0, 0, 12, 12, 12}, {0, 1, 3, 4, 9, 12},
     };
-    for (size_t i = 0; i < 6 * 4 * 2; i++) {
-        const size_t *s = size[i / 8], N = s[0], O = s[1], I = s[2], c = i / 2 % 4;
+    for (size_t i = 0; i < 6 * 4 * 4; i++) {
+        const size_t *s = size[i / 16], N = s[0], O = s[1], I = s[2], c = i / 4 % 4;
         Op o = op_make(matmul_op, s, N * O, N * I, (c ? 5 : 1) * O * I, 0);
-        o.mode[0] = i % 2 ? ADD : SET;
+        o.mode[0] = i % 2 ? ADD : SET, o.mode[1] = i / 2 % 2 ? ADD : SET;
         if (c) o.index[0] = (int *)room(6, sizeof(int));
         for (size_t e = 0; c && e < 6; e++) o.index[0][e] = (int)N * cut[c][e] / 12;
         op_loss(&o);
@@ -335,7 +335,7 @@ static void test_matmul_gradient(void)
         }
         within(relative_error(o.out, plain, N * O), 1e-14, "forward");
         matmul_backward_x(o.dx[0], o.dout, o.x[1], op_rows(&o), O, I, o.mode[0]);
-        matmul_backward_w(o.dx[1], o.dout, o.x[0], op_rows(&o), O, I);
+        matmul_backward_w(o.dx[1], o.dout, o.x[0], op_rows(&o), O, I, o.mode[1]);
         op_check(&o, label("%zu x %zu x %zu, cut %zu", N, O, I, c));
     }
 }
@@ -547,7 +547,7 @@ static void test_router_gradient(void)
         o.saved[0] = random_reals(E, 77);
         for (size_t e = 0; e < E; e++) o.saved[0][e] = 2 * o.saved[0][e] - 1; // some scores below 0
         for (size_t j = 0; j < E * C && z[7]; j++) o.x[1][j] = o.saved[0][j / C] = 0;
-        o.zero[0] = (int)z[7];
+        o.zero[0] = (int)z[7], o.mode[1] = i % 2 ? ADD : SET;
         router_op(&o);
         const real *s = o.out + N * K;
         for (size_t n = 0; n < N; n++) {
@@ -570,7 +570,7 @@ static void test_router_gradient(void)
         hold_routing = 1;
         real *ds = copy_of(o.dout + N * K, N * E); // of the loss's part in s
         router_backward(o.dx[0], o.dx[1], ds, o.dout, s, o.index[0], o.x[0], o.x[1], N, C, E, K,
-                        (int)z[6], 2.5);
+                        (int)z[6], 2.5, o.mode[1]);
         op_check(&o, label("case %zu", i));
         hold_routing = 0;
     }
@@ -899,6 +899,58 @@ static void test_parameters(void)
     }
     model_free(&m);
     model_free(&n);
+}
+
+static void fill_grads(Model *m, accum x) // but for what is between tensors
+{
+    for (const Tensor *t = m->layout.tensor; t < m->layout.tensor + m->layout.tensors; t++)
+        for (size_t j = 0; j < tensor_size(t); j++) m->grads[t->offset + j] = x;
+}
+
+// The first pass after a step, taken or skipped, sets all gradients whatever they were: those of
+// experts without tokens and of MTP layers that it leaves out to 0.
+static void test_model_gradient_begins_anew(void)
+{
+    Config c = small_config();
+    c.G = c.KG = 1;
+    Model m = crowded_model(&c, 16), same = crowded_model(&c, 16);
+    Acts a = acts_make(&c, 2, 7, 1), one = acts_make(&c, 2, 1, 1); // one: without MTP
+    Optimizer o = optimizer_make(&m);
+    Recipe r = {1, 0.01, 0.01, 0.9, 0.95, 1e-8, 0.1, 1, 0.95, 0.001};
+    size_t n = m.layout.elements;
+    acts_load(&a, random_ints(2 * 8, c.V, 17));
+    acts_load(&one, random_ints(2 * 2, c.V, 18));
+    model_forward_backward(&m, &a, 1);
+    optimizer_count_load(&o, &m, &a);
+    optimizer_step(&o, &m, &r, grad_norm(&m));
+    memcpy(same.weights, m.weights, n * sizeof(real));
+    model_forward_backward(&m, &a, 1);
+    model_forward_backward(&m, &one, 0.5);
+    model_forward_backward(&same, &a, 1);
+    model_forward_backward(&same, &one, 0.5);
+    EXPECT(!memcmp(m.grads, same.grads, n * sizeof(accum)), "after a step: other gradients");
+    for (int left_out = 0; left_out < 2; left_out++) {
+        Acts *first = left_out ? &one : &a, *second = left_out ? &a : &one;
+        fill_grads(&m, (accum)NAN);
+        optimizer_skip(&o, &m);
+        model_forward_backward(&m, first, 1);
+        for (const Tensor *t = m.layout.tensor; t < m.layout.tensor + m.layout.tensors; t++) {
+            double norm = norm_of(m.grads + t->offset, tensor_size(t));
+            EXPECT(isfinite(norm) && (!is_idle(&c, first->T, t) || norm == 0),
+                   "%s: the gradient's norm is %g", t->name, norm);
+        }
+        memset(same.grads, 0, n * sizeof(accum)); // to which it then adds
+        model_forward_backward(&same, first, 1);
+        within(relative_error(m.grads, same.grads, n), 1e-14, "set, or cleared and added to");
+        model_forward_backward(&m, second, -0.7);
+        model_forward_backward(&same, second, -0.7);
+        within(relative_error(m.grads, same.grads, n), 1e-13, "and a second pass");
+    }
+    optimizer_free(&o);
+    acts_free(&a);
+    acts_free(&one);
+    model_free(&m);
+    model_free(&same);
 }
 
 // Gradients add up from pass to pass, and take the scale.
@@ -1540,6 +1592,7 @@ static void check_optimizer(int muon)
         int *load = random_ints(loads, 9, (uint64_t)step);
         for (size_t e = 0; e < c.E; e++) load[c.dense * c.E + e] = (int)step; // in balance
         memcpy(o.load, load, loads * sizeof(int));
+        m.grads_mode = ADD; // not to be cleared
         for (size_t i = 0; i < m.layout.tensors; i++) {
             const Tensor *t = &m.layout.tensor[i];
             for (size_t j = 0; j < tensor_size(t) && t->kind != ROUTER_BIAS; j++)
@@ -1550,7 +1603,7 @@ static void check_optimizer(int muon)
         r.clip = step == 1 ? 0 : step == 2 ? 2 * norm : 0.7; // none, not reached, reached
         naive_step(&m, &r, w, u, v, load, step, step > 2 ? 0.7 / (norm + 1e-6) : 1);
         optimizer_step(&o, &m, &r, norm);
-        EXPECT(norm_of(m.grads, n) == 0, "the gradients are not cleared");
+        EXPECT(grad_norm(&m) == 0, "the step's gradients are there without a pass");
         for (size_t e = 0; e < loads; e++)
             EXPECT(!o.load[e] || !is_moe(&c, e / c.E), "the load is not cleared");
         for (size_t i = 0; i < m.layout.tensors; i++) {
@@ -3929,19 +3982,21 @@ static void test_sizes_beyond_int(void)
 {
     Config c = config_preset(DEEPSEEK_V3);
     Layout p = layout_make(&c);
-    size_t at = 0, large = 0;
+    size_t at[2] = {0, p.added}, large = 0; // where matrices lie that only products train: second
     double sum = 0;
     for (size_t i = 0; i < p.tensors; i++) {
         const Tensor *t = &p.tensor[i];
-        EXPECT(t->offset == at, "tensor %zu lies at %zu, expected %zu", i, t->offset, at);
+        int second = t->kind == MATRIX || t->kind == HEAD || t->kind == ROUTER;
+        EXPECT(t->offset == at[second], "tensor %zu lies at %zu, expected %zu", i, t->offset,
+               at[second]);
         EXPECT((double)tensor_size(t) == (double)t->count * (double)t->rows * (double)t->cols,
                "tensor %zu has %zu elements", i, tensor_size(t));
-        at += ceil_div(tensor_size(t), 16) * 16;
+        at[second] += ceil_div(tensor_size(t), 16) * 16;
         sum += (double)t->count * (double)t->rows * (double)t->cols;
         large += tensor_size(t) > INT_MAX;
     }
-    EXPECT(p.elements == at && (double)parameters(&p) == sum, "%zu elements, expected %zu",
-           p.elements, at);
+    EXPECT(p.added == at[0] && p.elements == at[1] && (double)parameters(&p) == sum,
+           "%zu and %zu elements, expected %zu and %zu", p.added, p.elements, at[0], at[1]);
     EXPECT(large == 3 * 59 && sum > 682e9, "%zu tensors pass 2^31, of %g elements", large, sum);
     free(p.tensor);
     Acts one = acts_plan(&c, 1, 4096, 1), many = acts_plan(&c, 4096, 4096, 1);
@@ -4436,6 +4491,7 @@ static const Test tests[] = {
     TEST(router_gradient) TEST(balance_gradient) TEST(dispatch_combine_gradient)
     TEST(cross_entropy_gradient) TEST(model_gradient) TEST(model_gradient_routing)
     TEST(model_gradient_t1) TEST(mtp_depths) TEST(parameters) TEST(model_gradient_accumulates)
+    TEST(model_gradient_begins_anew)
     TEST(broken_backward_is_seen) TEST(golden_weights)
 #else
     TEST(gemm) TEST(gemm_bits) TEST(fast_exp) TEST(attention) TEST(meters) TEST(threads_same_bits)

@@ -178,7 +178,7 @@ static void matmul(size_t N, size_t O, size_t I, const int *offsets, size_t grou
     accum *dw = accums("dw", groups * O * I);
     matmul_forward(out, x, w, r, O, I, mode);
     matmul_backward_x(dx, dout, w, r, O, I, mode);
-    matmul_backward_w(dw, dout, x, r, O, I);
+    matmul_backward_w(dw, dout, x, r, O, I, mode);
     finish();
 }
 
@@ -255,7 +255,8 @@ static void attention(size_t B, size_t T, size_t NH, size_t Dn, size_t Dr, size_
     finish();
 }
 
-static void router(size_t N, size_t C, size_t E, size_t K, size_t G, size_t KG, int norm)
+static void router(size_t N, size_t C, size_t E, size_t K, size_t G, size_t KG, int norm,
+                   enum Mode mode)
 {
     if (!begin("router")) return;
     real *x = reals("x", N * C), *w = reals("w", E * C), *dx = reals("dx", N * C);
@@ -263,7 +264,7 @@ static void router(size_t N, size_t C, size_t E, size_t K, size_t G, size_t KG, 
     accum *dw = accums("dw", E * C), *ds = accums("ds", N * E), *dg = accums("dg", N * K);
     int *topk = random_ints("topk", N * K, E);
     router_forward(s, topk, g, x, w, bias, N, C, E, K, G, KG, norm, 2.5);
-    router_backward(dx, dw, ds, dg, s, topk, x, w, N, C, E, K, norm, 2.5);
+    router_backward(dx, dw, ds, dg, s, topk, x, w, N, C, E, K, norm, 2.5, mode);
     device_zero(ds, N * E * sizeof(accum)); // may be anything
     finish();
 }
@@ -375,13 +376,14 @@ static void optimizers(void)
 static void operations(void)
 {
     static const int cut[] = {0, 0, 5, 5, 140, 141, 271, 300}, even[] = {0, 16, 48, 64};
-    static const int few[] = {0, 0, 2, 2, 7, 8, 8, 8}; // of 9
+    static const int few[] = {0, 0, 2, 2, 7, 8, 8, 8}, none[8] = {0}; // of 9, of 0 rows
     for (int mode = SET; mode <= ADD; mode++) {
         matmul(1, 1, 1, NULL, 1, (enum Mode)mode);
         matmul(1, 72, 300, NULL, 1, (enum Mode)mode);
         matmul(33, 17, 29, NULL, 1, (enum Mode)mode);
         matmul(130, 72, 40, NULL, 1, (enum Mode)mode);
         matmul(9, 17, 29, few, 7, (enum Mode)mode);
+        matmul(0, 40, 24, none, 7, (enum Mode)mode);
         matmul(9, 40, 320, few, 7, (enum Mode)mode);
         matmul(300, 17, 29, cut, 7, (enum Mode)mode);
         matmul(300, 136, 72, cut, 7, (enum Mode)mode);
@@ -413,10 +415,10 @@ static void operations(void)
     attention(1, 130, 2, 128, 64, 128);
     attention(2, 200, 1, 128, 64, 128);
     attention(1, 40, 1, 200, 8, 24);
-    router(1, 5, 2, 1, 1, 1, 1);
-    router(77, 13, 6, 2, 3, 2, 1);
-    router(40, 16, 64, 6, 8, 4, 0);
-    router(30, 24, 100, 9, 1, 1, 1);
+    router(1, 5, 2, 1, 1, 1, 1, SET);
+    router(77, 13, 6, 2, 3, 2, 1, ADD);
+    router(40, 16, 64, 6, 8, 4, 0, SET);
+    router(30, 24, 100, 9, 1, 1, 1, ADD);
     balance(1, 1, 1, 1);
     balance(3, 50, 37, 5);
     cross_entropy(1, 1);
@@ -610,7 +612,7 @@ static void training(const char *name, int muon, Config c, size_t B, size_t T, s
     Data text = data_load("tinyshakespeare/excerpt.txt", &c);
     Model m = model_make(&c, 1);
     model_init(&m, 1);
-    Acts a = acts_make(&c, B, T, 1);
+    Acts a = acts_make(&c, B / 2, T, 1); // two passes a step
     Optimizer o = optimizer_make(&m);
     Recipe r = {muon, 3e-3, 3e-3, 0.9, 0.95, 1e-8, 0.1, 1, 0.9, 1e-3};
     int *tokens = (int *)host_alloc(B * (T + 1), sizeof(int));
@@ -620,10 +622,12 @@ static void training(const char *name, int muon, Config c, size_t B, size_t T, s
         for (size_t b = 0; b < B; b++)
             tokens_copy(tokens + b * (T + 1),
                         text.bytes + window_start(1, step * B + b, text.n, T), T + 1);
-        acts_load(&a, tokens);
-        model_forward_backward(&m, &a, 1);
-        optimizer_count_load(&o, &m, &a);
-        loss->data[step / each] += (float)(model_losses(&m, &a).total / (double)each);
+        for (size_t half = 0; half < 2; half++) {
+            acts_load(&a, tokens + half * B / 2 * (T + 1));
+            model_forward_backward(&m, &a, 0.5);
+            optimizer_count_load(&o, &m, &a);
+            loss->data[step / each] += (float)(0.5 * model_losses(&m, &a).total / (double)each);
+        }
         optimizer_step(&o, &m, &r, grad_norm(&m));
     }
     free(tokens);
