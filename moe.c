@@ -1315,6 +1315,20 @@ static void swiglu_backward(real *dgate, real *dup, const real *dact, const real
     }
 }
 
+// gate = W_gate x, up = W_up x, act = silu(gate) up: the first half of an MLP.
+static void gate_up_forward(real *act,          // [rows, F]
+                            real *gate,         // [rows, F]
+                            real *up,           // [rows, F]
+                            const real *x,      // [rows, C]
+                            const real *w_gate, // [groups, F, C]
+                            const real *w_up,   // [groups, F, C]
+                            Rows r, size_t C, size_t F)
+{
+    matmul_forward(gate, x, w_gate, r, F, C, SET);
+    matmul_forward(up, x, w_up, r, F, C, SET);
+    swiglu_forward(act, gate, up, r.rows * F);
+}
+
 // out[n] = w[token[n]].
 static void embedding_forward(real *out,        // [N, C]
                               const int *token, // [N]
@@ -2199,9 +2213,7 @@ static void mlp_forward(real *out, real *gate, real *up, real *act, const real *
                         const real *w_gate, const real *w_up, const real *w_down, Rows r,
                         size_t C, size_t F, enum Mode mode)
 {
-    matmul_forward(gate, x, w_gate, r, F, C, SET);
-    matmul_forward(up, x, w_up, r, F, C, SET);
-    swiglu_forward(act, gate, up, r.rows * F);
+    gate_up_forward(act, gate, up, x, w_gate, w_up, r, C, F);
     matmul_forward(out, act, w_down, r, C, F, mode);
 }
 

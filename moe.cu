@@ -301,16 +301,16 @@ template <int N> __device__ static void give_registers(void)
 // What this thread stored in shared memory is what wgmma reads from now on.
 __device__ static void wgmma_see_shared(void) { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// Adds x and y to what stands at `to`, in L2, without waiting for it.
-__device__ static void add_two(float *to, float x, float y)
+// Adds 4 numbers or 8 to what stands at `to`, in L2, without waiting for it.
+__device__ static void add_16_bytes(float *to, const uint32_t x[4])
 {
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(x), "f"(y) : "memory");
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
-__device__ static void add_two(real *to, float x, float y)
+__device__ static void add_16_bytes(real *to, const uint32_t x[4])
 {
-    uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
-    asm volatile("red.global.add.noftz.bf16x2 [%0], %1;" :: "l"(to), "r"(pair) : "memory");
+    asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};"
+                 :: "l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
 #endif // MOE_HOPPER
 #endif // __CUDACC__
@@ -842,15 +842,14 @@ grouped_weights_kernel(accum *dw, const real *dout, const real *x, const int *of
 }
 
 #ifdef MOE_HOPPER
-// The same on Hopper. Blocks stay and take one tile after the other. A ninth warp of each has
-// strips of 64 along k brought to shared memory, some ahead and on into the next tile; two times
-// four warps multiply them from there, 64 rows of the tile each. Two barriers belong to each place
-// for a strip: `full`, whose phases end as a strip has come, and `empty`, whose phases end as the
-// eight warps are done with it.
-enum { BOX = 64, BOX_SIZE = BOX * BOX, WGMMA_THREADS = 2 * 128 + WARP };
-template <int N> constexpr int strip_size = (TILE + N) * BOX;
-template <int N> constexpr int strips = N > 128 ? 4 : 3; // what shared memory holds of them
-template <int N> constexpr int blocks_each = N > 128 ? 1 : 2; // of a multiprocessor
+// The same on Hopper. Blocks stay and take one tile after the other, of TILE x TILE_N numbers. A
+// ninth warp of each has strips of 64 along k brought to shared memory, some ahead and on into the
+// next tile; two times four warps multiply them from there, 64 rows of the tile each, with the
+// registers of three more warps. Two barriers
+// belong to each place for a strip: the phases of `full` end as a strip has come, those of `empty`
+// as the eight warps are done with it.
+enum { BOX = 64, BOX_SIZE = BOX * BOX, WGMMA_THREADS = 12 * WARP, TILE_N = 256 };
+enum { STRIP = (TILE + TILE_N) * BOX, STRIPS = 4 }; // what shared memory holds of them
 
 // A tile of c: where it begins in c, a and b, and how many m, n and k there are from there.
 typedef struct {
@@ -859,11 +858,11 @@ typedef struct {
 } Place;
 
 // The tile of x W^T or dout W or, A_T, of dout^T x. Returns 0 if there are fewer. By a warp.
-template <int N, bool A_T, bool B_T>
+template <bool A_T, bool B_T>
 __device__ static int place_tile(Place *p, int tile, const int *offsets, int groups, int m, int n,
                                  int k)
 {
-    int across = (n + N - 1) / N, col = tile % across * N, row = 0, e;
+    int across = (n + TILE_N - 1) / TILE_N, col = tile % across * TILE_N, row = 0, e;
     if (A_T) {
         int down = (m + TILE - 1) / TILE;
         e = tile / across / down, row = tile / across % down * TILE;
@@ -888,36 +887,81 @@ __device__ static void load_strip(real *to, const TensorMap *x, int m, int k, ui
     for (int i = 0; T && i < SIZE; i += BOX) tma_load(to + i * BOX, x, m + i, k, arrives);
 }
 
-template <int N, bool A_T, bool B_T, typename Out>
-__global__ void __launch_bounds__(WGMMA_THREADS, blocks_each<N>)
+// acc[64, 8 N] += a strip.
+template <bool A_T, bool B_T, int N>
+__device__ static void multiply_strip(float (&acc)[N][4], const real *as, const real *bs)
+{
+    wgmma_fence(acc);
+#pragma unroll
+    for (int i = 0; i < BOX; i += 16)
+        wgmma<A_T, !B_T>(acc, as + (A_T ? i * BOX : i), bs + (B_T ? i : i * BOX),
+                         BOX_SIZE * sizeof(real));
+    wgmma_commit();
+    wgmma_wait<0>(acc);
+}
+
+// Stores or adds BLOCKS blocks of 8 columns of an accumulator, in the upper row of a lane's two or
+// the lower. Four lanes have a row, of each block two numbers a lane; they exchange them, so that a
+// lane has 16 bytes of one block. c is where the row begins, of which n columns exist.
+template <typename Out>
+__device__ static void store_blocks(Out *c, const float (*acc)[4], int half, int first, int n,
+                                    int add)
+{
+    constexpr int BLOCKS = 8 / sizeof(Out), WORDS = 4 / BLOCKS; // 4 bytes each, of a lane and block
+    int lane = (int)threadIdx.x % 4, at = 8 * (first + lane % BLOCKS) + lane / BLOCKS * 4;
+    uint32_t word[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float *two = acc[first + i / WORDS] + 2 * half;
+        word[i] = WORDS == 1 ? pack_bf16(two[0], two[1]) : __float_as_uint(two[i % WORDS]);
+    }
+#pragma unroll
+    for (int d = 1; d < BLOCKS; d *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & d * WORDS) continue;
+            uint32_t &one = word[i], &other = word[i | d * WORDS];
+            uint32_t got = __shfl_xor_sync(~0u, lane & d ? one : other, d);
+            if (lane & d) one = got;
+            else other = got;
+        }
+    if (at >= n) return; // n divides by 8
+    if (add) add_16_bytes(c + at, word); // only this thread does
+    else *(uint4 *)(c + at) = {word[0], word[1], word[2], word[3]};
+}
+
+template <bool A_T, bool B_T, typename Out>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1)
 wgmma_kernel(Out *c, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
              const int *offsets, int groups, int m, int n, int k, int add)
 {
-    constexpr int AHEAD = strips<N>;
-    DYNAMIC_SHARED(real, shared); // [AHEAD, strip_size]
-    SHARED(uint64_t, full, [AHEAD]);
-    SHARED(uint64_t, empty, [AHEAD]);
+    DYNAMIC_SHARED(real, shared); // [STRIPS, STRIP]
+    SHARED(uint64_t, full, [STRIPS]);
+    SHARED(uint64_t, empty, [STRIPS]);
     SHARED(uint64_t, cut, );
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, at = 0, round = 0, cuts = 0;
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, at = 0, round = 0;
+    int tile = (int)blockIdx.x;
     Place p;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < AHEAD; i++) mbarrier_init(&full[i], 1), mbarrier_init(&empty[i], 8);
+        for (int i = 0; i < STRIPS; i++) mbarrier_init(&full[i], 1), mbarrier_init(&empty[i], 8);
         mbarrier_init(&cut, 1);
         mbarrier_init_done();
     }
     __syncthreads();
-    for (int tile = (int)blockIdx.x;
-         place_tile<N, A_T, B_T>(&p, tile, offsets, groups, m, n, k); tile += (int)gridDim.x) {
-        if (warp == 8) {
+    if (warp >= 8) {
+        give_registers<40>();
+        if (warp > 8) return;
+        int cuts = 0;
+        for (; place_tile<A_T, B_T>(&p, tile, offsets, groups, m, n, k); tile += (int)gridDim.x)
             for (int left = p.k; left > 0; left -= BOX) {
                 int from = p.k - left, tail = A_T && left < BOX; // of k that are rows
-                real *to = shared + at * strip_size<N>;
+                real *to = shared + at * STRIP;
                 uint64_t *arrives = tail ? &cut : &full[at];
                 mbarrier_wait(&empty[at], round ^ 1);
                 if (lane == 0) {
-                    mbarrier_expect(arrives, strip_size<N> * sizeof(real));
+                    mbarrier_expect(arrives, STRIP * sizeof(real));
                     load_strip<A_T, TILE>(to, &a, p.a_m, p.a_k + from, arrives);
-                    load_strip<!B_T, N>(to + TILE * BOX, &b, p.b_n, p.b_k + from, arrives);
+                    load_strip<!B_T, TILE_N>(to + TILE * BOX, &b, p.b_n, p.b_k + from, arrives);
                 }
                 if (tail) { // the rows of the next group have come, too
                     mbarrier_wait(&cut, cuts++ % 2);
@@ -928,61 +972,56 @@ wgmma_kernel(Out *c, const __grid_constant__ TensorMap a, const __grid_constant_
                     __syncwarp();
                     if (lane == 0) mbarrier_arrive(&full[at]);
                 }
-                if (++at == AHEAD) at = 0, round ^= 1;
+                if (++at == STRIPS) at = 0, round ^= 1;
             }
-            continue;
-        }
-        if (p.k == 0 && add) continue; // an expert without tokens
-        int first = warp / 4 * BOX;
-        float acc[N / 8][4] = {};
-        for (int left = p.k; left > 0; left -= BOX) {
-            const real *as = shared + at * strip_size<N> + first * BOX;
-            const real *bs = shared + at * strip_size<N> + TILE * BOX;
-            mbarrier_wait(&full[at], round);
-            wgmma_fence(acc);
-#pragma unroll
-            for (int i = 0; i < BOX; i += 16)
-                wgmma<A_T, !B_T>(acc, as + (A_T ? i * BOX : i), bs + (B_T ? i : i * BOX),
-                                 BOX_SIZE * sizeof(real));
-            wgmma_commit();
-            wgmma_wait<0>(acc);
-            if (lane == 0) mbarrier_arrive(&empty[at]);
-            if (++at == AHEAD) at = 0, round ^= 1;
-        }
-        int row = first + warp % 4 * 16 + lane / 4, col = lane % 4 * 2;
-        Out *to = c + p.c + (size_t)row * n + col;
-#pragma unroll
-        for (int j = 0; j < N / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e += 2) {
-                if (row + e * 4 >= p.m || col + 8 * j >= p.n) continue; // n is even
-                Out *two = to + (size_t)(e * 4) * n + 8 * j;
-                if (add) add_two(two, acc[j][e], acc[j][e + 1]); // only this thread does
-                else store<2>(two, Pack<Out, 2>{{(Out)acc[j][e], (Out)acc[j][e + 1]}});
+    } else {
+        take_registers<232>();
+        int first = warp / 4 * BOX, row = first + warp % 4 * 16 + lane / 4;
+        for (; place_tile<A_T, B_T>(&p, tile, offsets, groups, m, n, k); tile += (int)gridDim.x) {
+            float acc[TILE_N / 8][4] = {};
+            auto &half = reinterpret_cast<float (&)[TILE_N / 16][4]>(acc);
+            if (p.k == 0 && add) continue; // an expert without tokens
+            for (int left = p.k; left > 0; left -= BOX) {
+                const real *as = shared + at * STRIP + first * BOX;
+                const real *bs = shared + at * STRIP + TILE * BOX;
+                mbarrier_wait(&full[at], round);
+                if (p.n > TILE_N / 2) multiply_strip<A_T, B_T>(acc, as, bs);
+                else multiply_strip<A_T, B_T>(half, as, bs);
+                if (lane == 0) mbarrier_arrive(&empty[at]);
+                if (++at == STRIPS) at = 0, round ^= 1;
             }
+            Out *to = c + p.c + (size_t)row * n;
+#pragma unroll
+            for (int j = 0; j < TILE_N / 8; j += 8 / sizeof(Out)) {
+                store_blocks(to, acc, 0, j, row < p.m ? p.n : 0, add);
+                store_blocks(to + 8 * n, acc, 1, j, row + 8 < p.m ? p.n : 0, add);
+            }
+        }
     }
 }
 
-template <int N, bool A_T, bool B_T, typename Out>
+template <bool A_T, bool B_T, typename Out>
 static void wgmma_grouped(Out *c, TensorMap a, TensorMap b, Rows r, size_t m, size_t n, size_t k,
                           int add)
 {
     static int processors;
     if (!processors)
         CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
-    RUN_KERNEL((wgmma_kernel<N, A_T, B_T, Out>), (unsigned)(processors * blocks_each<N>),
-               WGMMA_THREADS, strips<N> * strip_size<N> * sizeof(real), c, a, b, r.offsets,
-               (int)r.groups, (int)m, (int)n, (int)k, add);
+    RUN_KERNEL((wgmma_kernel<A_T, B_T, Out>), (unsigned)processors, WGMMA_THREADS,
+               STRIPS * STRIP * sizeof(real), c, a, b, r.offsets, (int)r.groups, (int)m, (int)n,
+               (int)k, add);
 }
 #endif // MOE_HOPPER
 
 // out = x W^T for as few rows as one token has, whose time is that of reading the weights: a warp
-// an output of a row, 2 I FLOPs for I numbers of w. Blocks [outputs, rows].
+// an output of a row, 2 I FLOPs for I numbers of w. GATED: gate = x W^T, up = x W_up^T and
+// out = silu(gate) up. Blocks [outputs, rows].
 enum { FEW = 16 }; // rows of experts, at most
 
-template <int W>
-__global__ void few_rows_kernel(real *out, const real *x, const real *w, const int *offsets,
-                                int groups, size_t O, size_t I, int add)
+template <int W, bool GATED, typename Out>
+__global__ void few_rows_kernel(Out *out, real *gate, real *up, const real *x, const real *w,
+                                const real *w_up, const int *offsets, int groups, size_t O,
+                                size_t I, int add)
 {
     int row = (int)blockIdx.y, lane = (int)threadIdx.x % WARP, before = 0; // groups that end before
     size_t o = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
@@ -990,17 +1029,48 @@ __global__ void few_rows_kernel(real *out, const real *x, const real *w, const i
     for (int e = lane; e - lane < groups && offsets; e += WARP)
         before += __popc(__ballot_sync(~0u, e < groups && offsets[e + 1] <= row));
     if (before == groups) return; // there are fewer rows
-    const real *wo = w + ((size_t)before * O + o) * I, *xn = x + (size_t)row * I;
-    float sum = 0;
-#pragma unroll 8
-    for (size_t i = (size_t)lane * W; i < I; i += WARP * W) {
-        Pack<real, W> a = load<W>(wo + i), b = load<W>(xn + i);
-        for (int j = 0; j < W; j++) sum += (float)a.x[j] * (float)b.x[j];
+    constexpr int AHEAD = GATED ? 4 : 8; // loads of each matrix that a lane begins at once
+    size_t from = ((size_t)before * O + o) * I, to = (size_t)row * O + o;
+    float sum = 0, sum_up = 0;
+    for (size_t first = (size_t)lane * W; first < I; first += AHEAD * WARP * W) {
+        Pack<real, W> a[AHEAD], b[AHEAD];
+#pragma unroll
+        for (int p = 0; p < AHEAD; p++) {
+            size_t i = first + p * WARP * W;
+            if (i < I) a[p] = load<W>(w + from + i);
+            if (i < I && GATED) b[p] = load<W>(w_up + from + i);
+        }
+#pragma unroll
+        for (int p = 0; p < AHEAD; p++) {
+            size_t i = first + p * WARP * W;
+            if (i >= I) continue;
+            Pack<real, W> xi = load<W>(x + (size_t)row * I + i);
+            for (int j = 0; j < W; j++) {
+                sum += (float)a[p].x[j] * (float)xi.x[j];
+                if (GATED) sum_up += (float)b[p].x[j] * (float)xi.x[j];
+            }
+        }
     }
     sum = warp_sum(sum);
-    real *to = out + (size_t)row * O + o;
-    if (lane == 0) *to = (real)(add ? (float)*to + sum : sum);
+    if (GATED) sum_up = warp_sum(sum_up);
+    if (lane > 0) return;
+    if (GATED) gate[to] = (real)sum, up[to] = (real)sum_up, sum *= sigmoid(sum) * sum_up;
+    out[to] = (Out)(add ? (float)out[to] + sum : sum);
 }
+
+template <bool GATED, typename Out>
+static void few_rows(Out *out, real *gate, real *up, const real *x, const real *w, const real *w_up,
+                     Rows r, size_t O, size_t I, enum Mode mode)
+{
+    dim3 grid(grid_of(O, BLOCK / WARP), (unsigned)r.rows);
+#define FEW_ROWS out, gate, up, x, w, w_up, r.offsets, (int)r.groups, O, I, mode == ADD
+    if (I % WIDE == 0 && (AT(x) | AT(w) | AT(w_up)) % 16 == 0)
+        RUN_KERNEL((few_rows_kernel<WIDE, GATED, Out>), grid, BLOCK, 0, FEW_ROWS);
+    else
+        RUN_KERNEL((few_rows_kernel<1, GATED, Out>), grid, BLOCK, 0, FEW_ROWS);
+}
+
+static int are_few(Rows r) { return r.rows <= (r.offsets ? FEW : 1); }
 
 // No more tiles of rows can there be: each group ends in one that is not full.
 static unsigned most_tiles(Rows r)
@@ -1016,10 +1086,8 @@ static void matmul_forward(real *out,     // [rows, O], set or added to
 {
     METER(r.offsets ? "experts_forward" : __func__, 2.0 * r.rows * O * I,
           (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
-    if (r.rows <= (r.offsets ? FEW : 1)) {
-        RUN_WIDE(I, AT(x) | AT(w), few_rows_kernel,
-                 dim3(grid_of(O, BLOCK / WARP), (unsigned)r.rows), BLOCK, 0, out, x, w, r.offsets,
-                 (int)r.groups, O, I, mode == ADD);
+    if (are_few(r)) {
+        few_rows<false>(out, NULL, NULL, x, w, NULL, r, O, I, mode);
         return;
     }
     if (!r.offsets) {
@@ -1028,8 +1096,8 @@ static void matmul_forward(real *out,     // [rows, O], set or added to
     }
 #ifdef MOE_HOPPER
     if ((O | I) % WIDE == 0) {
-        wgmma_grouped<256, false, true>(out, tensor_map(x, r.rows, I, I, TILE),
-                                        tensor_map(w, r.groups * O, I, I, 256), r, 0, O, I,
+        wgmma_grouped<false, true>(out, tensor_map(x, r.rows, I, I, TILE),
+                                        tensor_map(w, r.groups * O, I, I, TILE_N), r, 0, O, I,
                                         mode == ADD);
         return;
     }
@@ -1052,7 +1120,7 @@ static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r,
     }
 #ifdef MOE_HOPPER
     if ((O | I) % WIDE == 0) {
-        wgmma_grouped<256, false, false>(dx, tensor_map(dout, r.rows, O, O, TILE),
+        wgmma_grouped<false, false>(dx, tensor_map(dout, r.rows, O, O, TILE),
                                          tensor_map(w, r.groups * O, I, I, BOX), r, 0, I, O,
                                          mode == ADD);
         return;
@@ -1079,7 +1147,7 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
     }
 #ifdef MOE_HOPPER
     if ((O | I) % WIDE == 0) {
-        wgmma_grouped<128, true, false>(dw, tensor_map(dout, r.rows, O, O, BOX),
+        wgmma_grouped<true, false>(dw, tensor_map(dout, r.rows, O, O, BOX),
                                         tensor_map(x, r.rows, I, I, BOX), r, O, I, 0,
                                         mode == ADD);
         return;
@@ -1240,6 +1308,24 @@ static void swiglu_backward(real *dgate, real *dup, const real *dact, const real
     METER(__func__, 0, 5 * n * sizeof(real));
     RUN_WIDE(n, AT(dgate) | AT(dup) | AT(dact) | AT(gate) | AT(up), swiglu_backward_kernel,
              grid_of(n, BLOCK * WIDE), BLOCK, 0, dgate, dup, dact, gate, up, n);
+}
+
+// gate = W_gate x, up = W_up x, act = silu(gate) up: the first half of an MLP.
+static void gate_up_forward(real *act,  // [rows, F]
+                            real *gate, // [rows, F]
+                            real *up,   // [rows, F]
+                            const real *x, const real *w_gate, const real *w_up, Rows r, size_t C,
+                            size_t F)
+{
+    if (are_few(r)) {
+        METER(r.offsets ? "experts_forward" : "matmul_forward", 4.0 * r.rows * C * F,
+              (r.rows * (C + 3 * F) + 2 * r.groups * C * F) * sizeof(real));
+        few_rows<true>(act, gate, up, x, w_gate, w_up, r, F, C, SET);
+        return;
+    }
+    matmul_forward(gate, x, w_gate, r, F, C, SET);
+    matmul_forward(up, x, w_up, r, F, C, SET);
+    swiglu_forward(act, gate, up, r.rows * F);
 }
 
 // out[n] = w[token[n]]. Reads and writes C a row.
@@ -2317,7 +2403,9 @@ static void router_forward(accum *s,          // [N, E] affinities
                            double scale)
 {
     METER(__func__, 2.0 * N * E * C, (N * (C + E) + E * C) * sizeof(real));
-    gemm(s, E, x, 0, C, w, 1, C, N, E, C, 0);
+    Rows r = all_rows(N);
+    if (are_few(r)) few_rows<false>(s, NULL, NULL, x, w, NULL, r, E, C, SET);
+    else gemm(s, E, x, 0, C, w, 1, C, N, E, C, 0);
     RUN_KERNEL(router_forward_kernel, grid_of(N, 1), WARP,
                (E + G) * (sizeof(float) + 1) + KG * sizeof(int), s, topk, g, bias, (int)E, (int)K,
                (int)G, (int)KG, norm, (float)scale, hold_routing);

@@ -127,12 +127,16 @@ inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 x) { return {x, x}; }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) { return b.__x; }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u) { return emu_bits<__nv_bfloat16>(u); }
 
-// PTX: ex2.approx, and red, which adds x and y to two numbers in global memory.
+// PTX: ex2.approx, and red, which adds 16 bytes of numbers to those in global memory.
 inline float exp2_approx(float x) { return exp2f(x); }
-inline void add_two(float *to, float x, float y) { to[0] += x, to[1] += y; }
-inline void add_two(__nv_bfloat16 *to, float x, float y)
+inline void add_16_bytes(float *to, const unsigned x[4])
 {
-    to[0] = to[0] + __nv_bfloat16(x), to[1] = to[1] + __nv_bfloat16(y);
+    for (int i = 0; i < 4; i++) to[i] += emu_bits<float>(x[i]);
+}
+inline void add_16_bytes(__nv_bfloat16 *to, const unsigned x[4])
+{
+    for (int i = 0; i < 8; i++)
+        to[i] = to[i] + emu_bits<__nv_bfloat16>((unsigned short)(x[i / 2] >> i % 2 * 16));
 }
 
 // ------------------------------------------------------------------------------ the runtime's API

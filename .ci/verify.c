@@ -203,6 +203,17 @@ static void swiglu(size_t n)
     finish();
 }
 
+static void gate_up(size_t N, size_t C, size_t F, const int *offsets, size_t groups)
+{
+    if (!begin("gate_up")) return;
+    Rows r = {groups > 1 ? ints("offsets", groups + 1, offsets) : NULL, groups, N};
+    real *act = reals("act", N * F), *gate = reals("gate", N * F), *up = reals("up", N * F);
+    real *x = reals("x", N * C), *w_gate = reals("w_gate", groups * F * C);
+    real *w_up = reals("w_up", groups * F * C);
+    gate_up_forward(act, gate, up, x, w_gate, w_up, r, C, F);
+    finish();
+}
+
 static void embedding(size_t N, size_t V, size_t C)
 {
     if (!begin("embedding")) return;
@@ -377,6 +388,7 @@ static void operations(void)
 {
     static const int cut[] = {0, 0, 5, 5, 140, 141, 271, 300}, even[] = {0, 16, 48, 64};
     static const int few[] = {0, 0, 2, 2, 7, 8, 8, 8}, none[8] = {0}; // of 9, of 0 rows
+    static const int nine[] = {0, 0, 2, 2, 7, 8, 8, 9};
     for (int mode = SET; mode <= ADD; mode++) {
         matmul(1, 1, 1, NULL, 1, (enum Mode)mode);
         matmul(1, 72, 300, NULL, 1, (enum Mode)mode);
@@ -398,6 +410,11 @@ static void operations(void)
         dispatch(150, 2, 6, 13, (enum Mode)mode);
         dispatch(300, 3, 40, 24, (enum Mode)mode);
     }
+    gate_up(1, 29, 17, NULL, 1);
+    gate_up(1, 2600, 24, NULL, 1);
+    gate_up(9, 29, 17, nine, 7);
+    gate_up(9, 320, 40, nine, 7);
+    gate_up(33, 40, 24, NULL, 1);
     swiglu(1);
     swiglu(1003);
     swiglu(4096);
