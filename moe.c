@@ -68,8 +68,9 @@ A pointer's comment gives its shape, rows first. An operation's outputs come bef
 // 1  Numbers and helpers
 
 // real:  weights and activations. accum: gradients of weights, softmax statistics, routing, the
-// optimizer. They differ only in moe.cu, where real may be bfloat16. The gradient check runs in
-// double, where central differences are good to 1e-9 and a tolerance of 1e-6 means something.
+// weights that are trained. They differ only in moe.cu, where real may be bfloat16. The gradient
+// check runs in double, where central differences are good to 1e-9 and a tolerance of 1e-6 means
+// something.
 #if defined MOE_DOUBLE
 typedef double real;
 typedef double accum;
@@ -80,6 +81,7 @@ typedef float accum;
 typedef float real;
 typedef float accum;
 #endif
+typedef real moment; // of the optimizer, for which bfloat16 is enough ([V3] 3.3.3)
 
 #ifdef __cplusplus
 #define THREAD_LOCAL thread_local
@@ -2597,7 +2599,7 @@ static void all_reduce_load(int *load, size_t n) { ranks_reduce(load, n, MPI_INT
 //     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
 //     w -= lr (decay w + m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)).
 // master is what is trained, weights its copy for operations; here they are the same.
-static void adamw_step(real *weights, accum *master, accum *m, accum *v, const accum *grads,
+static void adamw_step(real *weights, accum *master, moment *m, moment *v, const accum *grads,
                        const Span *span, size_t spans, size_t pieces, long step, double lr,
                        double beta1, double beta2, double eps, double decay, double g_scale)
 {
@@ -2685,12 +2687,12 @@ static void newton_schulz(real *X,           // [m, n]
 // One step of Muon on each matrix W, a thread to a matrix; the gradient is taken times g_scale.
 //     M = mu M + G,  X = orthogonal(G + mu M),  W -= lr (decay W + 0.2 sqrt(max(rows, cols)) X).
 // The factor gives steps the size that AdamW's have, so that one lr does for both (Moonlight, 2.2).
-static void muon_step(real *weights, accum *master, accum *momentum, const accum *grads,
-                      const Matrix *matrix, size_t matrices, double lr, double mu_, double decay,
-                      double g_scale)
+static void muon_step(real *weights, accum *master, moment *momentum, const accum *grads,
+                      const Matrix *matrix, size_t matrices, long step, double lr, double mu_,
+                      double decay, double g_scale)
 {
     METER(__func__, 0, 0);
-    (void)weights;
+    (void)weights, (void)step;
     #pragma omp for schedule(dynamic)
     for (size_t k = 0; k < matrices; k++) {
         Matrix it = matrix[k];
@@ -2698,7 +2700,8 @@ static void muon_step(real *weights, accum *master, accum *momentum, const accum
         size_t m = tall ? it.cols : it.rows, n = tall ? it.rows : it.cols;
         real *X = scratch(m * n + PADDED(m) * n + 2 * m * m), *Y = X + m * n;
         real *A = Y + PADDED(m) * n, *A2 = A + m * m;
-        accum *M = momentum + it.offset, mu = (accum)mu_, scale = (accum)g_scale, square = 0;
+        moment *M = momentum + it.offset;
+        accum mu = (accum)mu_, scale = (accum)g_scale, square = 0;
         const accum *G = grads + it.offset;
         accum *W = master + it.offset;
         real rate = (real)(lr * 0.2 * sqrt((double)n));
@@ -2730,7 +2733,7 @@ typedef struct {
 } Recipe;
 
 typedef struct {
-    accum *m, *v; // as the weights; m is Muon's momentum where Muon works
+    moment *m, *v; // as the weights; m is Muon's momentum where Muon works
     int *load;    // [L + D, E] tokens of each expert since the last step
     long step;    // steps taken
     Matrix *matrix; // those that Muon trains, sorted by their sizes
@@ -2754,8 +2757,8 @@ static Optimizer optimizer_make(const Model *m)
     Optimizer o;
     size_t n = m->layout.elements, E = m->config.E;
     memset(&o, 0, sizeof o);
-    o.m = (accum *)device_zeros(n, sizeof(accum));
-    o.v = (accum *)device_zeros(n, sizeof(accum));
+    o.m = (moment *)device_zeros(n, sizeof(moment));
+    o.v = (moment *)device_zeros(n, sizeof(moment));
     o.load = (int *)device_zeros(layers(&m->config) * E, sizeof(int));
     for (size_t i = 0; i < m->layout.tensors; i++)
         if (m->layout.tensor[i].kind == MATRIX) o.matrices += m->layout.tensor[i].count;
@@ -2843,7 +2846,7 @@ static void optimizer_step(Optimizer *o, Model *m, const Recipe *r, double norm)
                    o->pieces[!r->muon], o->step, r->adam_lr, r->beta1, r->beta2, r->eps, r->decay,
                    g_scale);
         if (r->muon)
-            muon_step(m->weights, m->master, o->m, grads, o->matrix, o->matrices, r->lr,
+            muon_step(m->weights, m->master, o->m, grads, o->matrix, o->matrices, o->step, r->lr,
                       r->momentum, r->decay, g_scale);
     }
     m->grads_mode = SET;
@@ -4230,7 +4233,8 @@ static void config_save(const Config *c, const char *directory)
 typedef struct {
     char name[NAME_MAX_LENGTH];
     size_t shape[3], dims;
-    const accum *data; // device memory
+    const accum *data; // device memory, or else
+    const moment *moments;
 } Entry;
 
 // "rows,columns"
@@ -4277,7 +4281,8 @@ static void safetensors_close(const Output *o, const Entry *entry, size_t n)
     float *single = (float *)host_alloc(largest, sizeof(float));
     for (size_t i = 0; i < n; i++) {
         size_t size = entry_size(&entry[i]);
-        to_host(host, entry[i].data, size * sizeof(accum));
+        if (entry[i].data) to_host(host, entry[i].data, size * sizeof(accum));
+        else reals_to_host(host, entry[i].moments, size);
         for (size_t j = 0; j < size; j++) single[j] = (float)host[j];
         output_write(o, single, size * sizeof(float));
     }
@@ -4297,9 +4302,10 @@ static size_t count_entries(const Layout *layout)
     return n;
 }
 
-// Lists the layout's tensors for saving, each expert's by its own name; data holds all of them.
-// Returns where the list ends.
-static Entry *entries_add(Entry *e, const Layout *layout, const char *prefix, const accum *data)
+// Lists the layout's tensors for saving, each expert's by its own name; data holds all of them, or
+// moments. Returns where the list ends.
+static Entry *entries_add(Entry *e, const Layout *layout, const char *prefix, const accum *data,
+                          const moment *moments)
 {
     for (const Tensor *t = layout->tensor; t < layout->tensor + layout->tensors; t++)
         for (size_t k = 0; k < t->count; k++, e++) {
@@ -4307,7 +4313,9 @@ static Entry *entries_add(Entry *e, const Layout *layout, const char *prefix, co
             e->dims = tensor_dims(t);
             e->shape[0] = e->dims == 1 ? t->cols : t->rows;
             e->shape[1] = t->cols;
-            e->data = data + t->offset + k * t->rows * t->cols;
+            size_t at = t->offset + k * t->rows * t->cols;
+            if (data) e->data = data + at;
+            else e->moments = moments + at;
         }
     return e;
 }
@@ -4331,7 +4339,7 @@ static void make_directory(const char *path) // and those above it
 static void model_save(const Model *m, const char *directory)
 {
     Entry *entry = (Entry *)host_alloc(count_entries(&m->layout), sizeof(Entry));
-    Entry *end = entries_add(entry, &m->layout, "", m->master);
+    Entry *end = entries_add(entry, &m->layout, "", m->master, NULL);
     Path path = path_join(directory, "model.safetensors");
     make_directory(directory);
     config_save(&m->config, directory);
@@ -4583,7 +4591,7 @@ static void stored_read(const Stored *t, const Stored *scale, accum *to)
 // `to`. With neither only looks whether all are there, so that a config.json cannot ask for more
 // memory than its files fill.
 static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *prefix, Model *m,
-                            accum *to)
+                            moment *to)
 {
     for (const Tensor *t = layout->tensor; t < layout->tensor + layout->tensors; t++) {
         size_t n = t->rows * t->cols, dims = tensor_dims(t), shape[2] = {t->rows, t->cols};
@@ -4600,7 +4608,7 @@ static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *pre
             if (!host) continue;
             stored_read(s, scale, host);
             if (m) model_set(m, t, k * n, host, n);
-            else to_device(to + t->offset + k * n, host, n * sizeof(accum));
+            else reals_to_device(to + t->offset + k * n, host, n);
         }
         free(host);
     }
@@ -4817,12 +4825,13 @@ static const char *memory_plan(const Config *c, int training, size_t B, size_t T
         activations = 1e-6 * (double)acts.arena.used;
         acts_free(&acts);
     }
-    double gradients = training ? n * sizeof(accum) : 0, total;
+    double gradients = training ? n * sizeof(accum) : 0;
+    double moments = training ? 2 * n * sizeof(moment) : 0, total;
     double weights = n * sizeof(real) + (sizeof(real) < sizeof(accum) ? gradients : 0); // masters
-    total = weights + 3 * gradients + activations + 1e-6 * (double)cache;
+    total = weights + gradients + moments + activations + 1e-6 * (double)cache;
     free(layout.tensor);
     snprintf(text, sizeof text, "weights %.1f MB, gradients %.1f, optimizer %.1f, activations "
-             "%.1f, cache %.1f; %.1f of %.0f MB free", weights, gradients, 2 * gradients,
+             "%.1f, cache %.1f; %.1f of %.0f MB free", weights, gradients, moments,
              activations, 1e-6 * (double)cache, total, available);
     if (total > available)
         die(FAILED, "%.0f MB of memory are needed (%s); use a smaller --config, --batch or --seq",
@@ -5120,10 +5129,10 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
             "\"val_loss\":\"%.17g\",\"text_hash\":\"%016llx\"", r->step, opt->step, r->train_loss,
             r->val_loss, (unsigned long long)data_hash(&r->text));
     Entry *entry = (Entry *)host_alloc(4 * count_entries(&m->layout), sizeof(Entry));
-    Entry *end = entries_add(entry, &m->layout, "", m->master);
-    end = entries_add(end, &m->layout, "m.", opt->m);
-    end = entries_add(end, &m->layout, "v.", opt->v);
-    if (ref) end = entries_add(end, &m->layout, "ref.", ref->master);
+    Entry *end = entries_add(entry, &m->layout, "", m->master, NULL);
+    end = entries_add(end, &m->layout, "m.", NULL, opt->m);
+    end = entries_add(end, &m->layout, "v.", NULL, opt->v);
+    if (ref) end = entries_add(end, &m->layout, "ref.", ref->master, NULL);
     safetensors_close(&out, entry, (size_t)(end - entry));
     free(entry);
 }
@@ -6748,7 +6757,7 @@ static void check_dump(const Model *m, const Acts *a, const Losses *s, const cha
     };
     size_t n = a->B * a->T * c->V, choices = a->B * a->T * c->K, L = c->L + a->depths, at = 4 + n;
     Entry *entry = (Entry *)host_alloc(count_entries(&m->layout) + 5 + 2 * L, sizeof(Entry));
-    Entry *e = entry, all = {"logits", {a->B, a->T, c->V}, 3, NULL};
+    Entry *e = entry, all = {"logits", {a->B, a->T, c->V}, 3, NULL, NULL};
     accum *host = (accum *)host_alloc(at + L * choices, sizeof(accum)); // losses, logits, choices
     accum *on_device = (accum *)device_alloc((at + L * choices) * sizeof(accum));
     int *topk = (int *)host_alloc(choices, sizeof(int));
@@ -6772,7 +6781,7 @@ static void check_dump(const Model *m, const Acts *a, const Losses *s, const cha
         at += rows * c->K, e += 2;
     }
     to_device(on_device, host, at * sizeof(accum));
-    Entry *end = entries_add(e, &m->layout, "grad.", m->grads);
+    Entry *end = entries_add(e, &m->layout, "grad.", m->grads, NULL);
     for (const Entry *grad = e; grad < end; grad++)
         if (!strstr(grad->name, "e_score_correction_bias")) *e++ = *grad;
     Output o = safetensors_open(path);

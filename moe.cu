@@ -5,7 +5,8 @@ The model, its training, its generation, files and commands are moe.c's, which t
 In the place of moe.c's operations moe.c takes in the rest of this file: the same operations, under
 the same names and in the same order, a kernel first and what launches it under it.
 
-    make gpu                  bfloat16 weights and activations, float master weights and gradients
+    make gpu                  bfloat16 weights, activations and the optimizer's moments, float
+                              master weights and gradients
     make gpu PRECISION=fp32   float throughout
     make emu                  either, by the C++ compiler, on the CPU: .ci/cuda_on_cpu.h
 
@@ -3047,18 +3048,18 @@ static void cache_store(real *c_kv,          // [slots, capacity, Rkv]
 // ------------------------------------------------------------------------------------------------
 // 6  Optimizers
 
-// sum_i x_i^2, added up in fixed blocks. Reads 4 bytes a number.
-__global__ void sum_squares_kernel(double *part, const accum *x, size_t n)
+// sum_i x_i^2, added up in fixed blocks, of accum or moment. Reads each number once.
+template <typename T> __global__ void sum_squares_kernel(double *part, const T *x, size_t n)
 {
     SHARED(double, sums, [BLOCK]);
     double sum = 0;
     size_t first = (size_t)blockIdx.x * BLOCK + threadIdx.x, step = (size_t)gridDim.x * BLOCK;
 #pragma unroll 4
     for (size_t i = first; i < n / 4; i += step) {
-        Pack<float, 4> four = load<4>(x + 4 * i);
-        for (int j = 0; j < 4; j++) sum += (double)four.x[j] * (double)four.x[j];
+        Pack<T, 4> four = load<4>(x + 4 * i);
+        for (int j = 0; j < 4; j++) sum += (double)(float)four.x[j] * (double)(float)four.x[j];
     }
-    if (first < n % 4) sum += (double)x[n - 1 - first] * (double)x[n - 1 - first];
+    if (first < n % 4) sum += (double)(float)x[n - 1 - first] * (double)(float)x[n - 1 - first];
     sums[threadIdx.x] = sum;
     for (int half = BLOCK / 2; half > 0; half /= 2) {
         __syncthreads();
@@ -3067,12 +3068,12 @@ __global__ void sum_squares_kernel(double *part, const accum *x, size_t n)
     if (threadIdx.x == 0) part[blockIdx.x] = sums[0];
 }
 
-static double sum_squares(const accum *x, size_t n)
+template <typename T> static double sum_squares(const T *x, size_t n)
 {
-    METER(__func__, 0, n * sizeof(accum));
+    METER(__func__, 0, n * sizeof(T));
     size_t blocks = min_size(ceil_div(n, 16 * BLOCK), 1024);
     double *part = (double *)scratch(blocks * sizeof(double)), host[1024], sum = 0;
-    RUN_KERNEL(sum_squares_kernel, grid_of(blocks, 1), BLOCK, 0, part, x, n);
+    RUN_KERNEL(sum_squares_kernel<T>, grid_of(blocks, 1), BLOCK, 0, part, x, n);
     to_host(host, part, blocks * sizeof(double));
     for (size_t b = 0; b < blocks; b++) sum += host[b];
     return sum;
@@ -3090,17 +3091,38 @@ static void all_reduce_load(int *load, size_t n)
 }
 #endif
 
+// 32 bits that only depend on which number and which step.
+__device__ static uint32_t random_bits(size_t i, uint32_t step)
+{
+    uint32_t x = (uint32_t)i * 0x9E3779B9u + step * 0xD1B54A33u;
+    x = (x ^ x >> 16) * 0x85EBCA6Bu; // MurmurHash3's finaliser
+    x = (x ^ x >> 13) * 0xC2B2AE35u;
+    return x ^ x >> 16;
+}
+
+// x rounded up or down by chance, 16 random bits, so that it is right on average: of 8 bits the
+// nearest would mostly be what was there before, and with beta2 0.999 v would never shrink.
+#ifdef MOE_BF16
+__device__ static moment round_moment(float x, uint32_t random)
+{
+    return __ushort_as_bfloat16((unsigned short)((__float_as_uint(x) + (random & 0xffff)) >> 16));
+}
+#else
+__device__ static moment round_moment(float x, uint32_t) { return x; }
+#endif
+
 // One step of AdamW on the spans of the weights; step counts from 1, the gradient is taken times
 // g_scale.
 //     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
 //     w -= lr (decay w + m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)).
 // master is what is trained, weights its copy for operations. A block a piece, 4 numbers a thread
-// at once; reads 16 bytes a weight, writes 12 and, rounded, 2.
+// at once; in bfloat16 reads 12 bytes a weight, writes 8 and, rounded, 2.
 typedef struct {
     float b1, b2, rate, correct2, keep, eps, scale; // keep: 1 - lr decay
+    uint32_t step;
 } AdamW;
 
-__global__ void adamw_kernel(real *weights, accum *master, accum *m, accum *v, const accum *grads,
+__global__ void adamw_kernel(real *weights, accum *master, moment *m, moment *v, const accum *grads,
                              const Span *span, int spans, AdamW a)
 {
     int low = 0, high = spans - 1; // the span that this piece belongs to
@@ -3115,15 +3137,18 @@ __global__ void adamw_kernel(real *weights, accum *master, accum *m, accum *v, c
     if (end > s.size) end = s.size;
     for (size_t i = begin + threadIdx.x * 4; i < end; i += BLOCK * 4) {
         size_t at = s.offset + i; // tensors are padded to 16 numbers, of zeros
-        Pack<float, 4> g4 = load<4>(grads + at), m4 = load<4>(m + at), v4 = load<4>(v + at);
-        Pack<float, 4> w4 = load<4>(master + at);
+        Pack<float, 4> g4 = load<4>(grads + at), w4 = load<4>(master + at);
+        Pack<moment, 4> m4 = load<4>(m + at), v4 = load<4>(v + at);
         Pack<real, 4> rounded;
         for (int j = 0; j < 4; j++) {
-            if (i + j >= end) g4.x[j] = m4.x[j] = v4.x[j] = w4.x[j] = 0;
+            if (i + j >= end) g4.x[j] = w4.x[j] = 0, m4.x[j] = v4.x[j] = (moment)0.0f;
             float g = g4.x[j] * a.scale;
-            m4.x[j] = a.b1 * m4.x[j] + (1 - a.b1) * g;
-            v4.x[j] = a.b2 * v4.x[j] + (1 - a.b2) * g * g;
-            w4.x[j] = keep * w4.x[j] - a.rate * m4.x[j] / (sqrtf(v4.x[j]) * a.correct2 + a.eps);
+            float mean = a.b1 * (float)m4.x[j] + (1 - a.b1) * g;
+            float square = a.b2 * (float)v4.x[j] + (1 - a.b2) * g * g;
+            uint32_t random = random_bits(at + j, a.step);
+            w4.x[j] = keep * w4.x[j] - a.rate * mean / (sqrtf(square) * a.correct2 + a.eps);
+            m4.x[j] = round_moment(mean, random);
+            v4.x[j] = round_moment(square, random >> 16);
             rounded.x[j] = (real)w4.x[j];
         }
         store<4>(m + at, m4);
@@ -3135,14 +3160,16 @@ __global__ void adamw_kernel(real *weights, accum *master, accum *m, accum *v, c
     }
 }
 
-static void adamw_step(real *weights, accum *master, accum *m, accum *v, const accum *grads,
+static void adamw_step(real *weights, accum *master, moment *m, moment *v, const accum *grads,
                        const Span *span, size_t spans, size_t pieces, long step, double lr,
                        double beta1, double beta2, double eps, double decay, double g_scale)
 {
-    METER(__func__, 0, 7 * (double)pieces * SPAN_PIECE * sizeof(accum));
+    size_t copy = sizeof(real) < sizeof(accum) ? sizeof(real) : 0;
+    METER(__func__, 0, (double)pieces * SPAN_PIECE *
+          (double)(3 * sizeof(accum) + 4 * sizeof(moment) + copy));
     AdamW a = {(float)beta1, (float)beta2, (float)(lr / (1 - pow(beta1, (double)step))),
                (float)(1 / sqrt(1 - pow(beta2, (double)step))), (float)(1 - lr * decay),
-               (float)eps, (float)g_scale};
+               (float)eps, (float)g_scale, (uint32_t)step};
     RUN_KERNEL(adamw_kernel, grid_of(pieces, 1), BLOCK, 0, weights, master, m, v, grads, span,
                (int)spans, a);
 }
@@ -3190,17 +3217,17 @@ typedef struct {
 } Places;
 
 // M = mu M + G,  X = G + mu M, and |X|^2 in shares. Blocks [SHARES, matrices], of n numbers each; X
-// of the next stands n on. Reads 8 bytes a number, writes 6.
+// of the next stands n on. In bfloat16 reads 6 bytes a number, writes 4.
 enum { SHARES = 16 };
 
-__global__ void muon_momentum_kernel(real *X, accum *M, const accum *G, float *square, Places place,
-                                     size_t n, float mu, float scale)
+__global__ void muon_momentum_kernel(real *X, moment *M, const accum *G, float *square,
+                                     Places place, size_t n, float mu, float scale, uint32_t step)
 {
     size_t at = place.at[blockIdx.y], end = n * (blockIdx.x + 1) / SHARES;
     float sum = 0;
     for (size_t i = n * blockIdx.x / SHARES + threadIdx.x; i < end; i += BLOCK) {
-        float g = scale * G[at + i], momentum = mu * M[at + i] + g, x = g + mu * momentum;
-        M[at + i] = momentum;
+        float g = scale * G[at + i], momentum = mu * (float)M[at + i] + g, x = g + mu * momentum;
+        M[at + i] = round_moment(momentum, random_bits(at + i, step));
         X[blockIdx.y * n + i] = (real)x;
         sum += x * x;
     }
@@ -3259,9 +3286,9 @@ __global__ void muon_update_kernel(real *weights, accum *master, const real *X, 
 //     M = mu M + G,  X = orthogonal(G + mu M),  W -= lr (decay W + 0.2 sqrt(max(rows, cols)) X).
 // The factor gives steps the size that AdamW's have, so that one lr does for both (Moonlight, 2.2).
 // Matrices of one size, which stand together in the list, are taken together.
-static void muon_step(real *weights, accum *master, accum *momentum, const accum *grads,
-                      const Matrix *matrix, size_t matrices, double lr, double mu, double decay,
-                      double g_scale)
+static void muon_step(real *weights, accum *master, moment *momentum, const accum *grads,
+                      const Matrix *matrix, size_t matrices, long step, double lr, double mu,
+                      double decay, double g_scale)
 {
     METER(__func__, 0, 0);
     enum { TOGETHER = 1 << 26 }; // numbers of X
@@ -3280,7 +3307,7 @@ static void muon_step(real *weights, accum *master, accum *momentum, const accum
         real *A = Y + count * mn, *A2 = A + count * k * k;
         dim3 shares(SHARES, (unsigned)count), pieces(grid_of(mn, BLOCK), (unsigned)count);
         RUN_KERNEL(muon_momentum_kernel, shares, BLOCK, 0, X, momentum, grads, square, place, mn,
-                   (float)mu, (float)g_scale);
+                   (float)mu, (float)g_scale, (uint32_t)step);
         RUN_KERNEL(muon_shrink_kernel, pieces, BLOCK, 0, X, square, mn);
         newton_schulz(X, Y, A, A2, count, m, n);
         RUN_KERNEL(muon_update_kernel, pieces, BLOCK, 0, weights, master, X, place, mn,

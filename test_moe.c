@@ -2925,7 +2925,7 @@ static Entry *list_entries(const Layout *layout, const accum *data, const char *
 {
     *n = count_entries(layout);
     Entry *e = (Entry *)room(*n, sizeof(Entry));
-    entries_add(e, layout, prefix, data);
+    entries_add(e, layout, prefix, data, NULL);
     return e;
 }
 
@@ -3598,9 +3598,10 @@ static void test_check_dump(void)
     Parts p = read_parts(directory, "dump.safetensors");
     Json *header = json_parse("dump.safetensors", p.header, strlen(p.header));
     accum loss[4] = {(accum)s.total, (accum)s.main, (accum)s.mtp, (accum)s.balance};
-    Entry others[] = {{"logits", {B, T, 256}, 3, a.layer[m.config.L - 1].logits},
-                      {"loss", {1}, 1, loss}, {"loss.main", {1}, 1, loss + 1},
-                      {"loss.mtp", {1}, 1, loss + 2}, {"loss.balance", {1}, 1, loss + 3}};
+    Entry others[] = {{"logits", {B, T, 256}, 3, a.layer[m.config.L - 1].logits, NULL},
+                      {"loss", {1}, 1, loss, NULL}, {"loss.main", {1}, 1, loss + 1, NULL},
+                      {"loss.mtp", {1}, 1, loss + 2, NULL},
+                      {"loss.balance", {1}, 1, loss + 3, NULL}};
     size_t n, count = 6; // with __metadata__
     Entry *grads = list_entries(&m.layout, m.grads, "grad.", &n);
     for (size_t i = 0; i < 5; i++) expect_dumped(header, p, &others[i]);
@@ -3614,7 +3615,7 @@ static void test_check_dump(void)
         if (!is_moe(&m.config, l)) continue;
         real *topk = reals(rows * K);
         for (size_t i = 0; i < rows * K; i++) topk[i] = (real)a.layer[l].topk[i];
-        Entry choice = {"", {rows, K}, 2, topk}, load = {"", {B, E}, 2, a.layer[l].f};
+        Entry choice = {"", {rows, K}, 2, topk, NULL}, load = {"", {B, E}, 2, a.layer[l].f, NULL};
         routing_names(choice.name, load.name, l);
         expect_dumped(header, p, &choice);
         expect_dumped(header, p, &load);
