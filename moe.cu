@@ -1014,47 +1014,42 @@ static void wgmma_grouped(Out *c, TensorMap a, TensorMap b, Rows r, size_t m, si
 }
 #endif // MOE_HOPPER
 
-// out = x W^T for as few rows as one token has, whose time is that of reading the weights: a warp
-// an output of a row, 2 I FLOPs for I numbers of w. GATED: gate = x W^T, up = x W_up^T and
-// out = silu(gate) up. Blocks [outputs, rows].
+// out = x W^T for as few rows as one token has, whose time is that of reading the weights: I numbers
+// for 2 I FLOPs. GATED: gate = x W^T, up = x W_up^T, out = silu(gate) up. `share` of a block's
+// warps have an output, more where outputs are few, so that enough loads are under way. Blocks
+// [outputs, rows].
 enum { FEW = 16 }; // rows of experts, at most
 
 template <int W, bool GATED, typename Out>
 __global__ void few_rows_kernel(Out *out, real *gate, real *up, const real *x, const real *w,
                                 const real *w_up, const int *offsets, int groups, size_t O,
-                                size_t I, int add)
+                                size_t I, int share, int add)
 {
-    int row = (int)blockIdx.y, lane = (int)threadIdx.x % WARP, before = 0; // groups that end before
-    size_t o = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
-    if (o >= O) return;
+    enum { WARPS = BLOCK / WARP };
+    SHARED(float, part, [2][WARPS]);
+    int row = (int)blockIdx.y, warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    size_t o = (size_t)(blockIdx.x * WARPS + warp) / share, to = (size_t)row * O + o;
+    int before = 0; // groups that end before this row
     for (int e = lane; e - lane < groups && offsets; e += WARP)
         before += __popc(__ballot_sync(~0u, e < groups && offsets[e + 1] <= row));
     if (before == groups) return; // there are fewer rows
-    constexpr int AHEAD = GATED ? 4 : 8; // loads of each matrix that a lane begins at once
-    size_t from = ((size_t)before * O + o) * I, to = (size_t)row * O + o;
+    const real *wo = w + ((size_t)before * O + o) * I, *xn = x + (size_t)row * I;
+    const real *uo = GATED ? w_up + ((size_t)before * O + o) * I : NULL;
     float sum = 0, sum_up = 0;
-    for (size_t first = (size_t)lane * W; first < I; first += AHEAD * WARP * W) {
-        Pack<real, W> a[AHEAD], b[AHEAD];
-#pragma unroll
-        for (int p = 0; p < AHEAD; p++) {
-            size_t i = first + p * WARP * W;
-            if (i < I) a[p] = load<W>(w + from + i);
-            if (i < I && GATED) b[p] = load<W>(w_up + from + i);
-        }
-#pragma unroll
-        for (int p = 0; p < AHEAD; p++) {
-            size_t i = first + p * WARP * W;
-            if (i >= I) continue;
-            Pack<real, W> xi = load<W>(x + (size_t)row * I + i);
-            for (int j = 0; j < W; j++) {
-                sum += (float)a[p].x[j] * (float)xi.x[j];
-                if (GATED) sum_up += (float)b[p].x[j] * (float)xi.x[j];
-            }
-        }
+#pragma unroll 4
+    for (size_t i = (size_t)(warp % share * WARP + lane) * W; i < I && o < O;
+         i += (size_t)share * WARP * W) {
+        Pack<real, W> a = load<W>(wo + i), b = load<W>(xn + i), c;
+        if (GATED) c = load<W>(uo + i);
+        for (int j = 0; j < W; j++) sum += (float)a.x[j] * (float)b.x[j];
+        for (int j = 0; j < W && GATED; j++) sum_up += (float)c.x[j] * (float)b.x[j];
     }
-    sum = warp_sum(sum);
-    if (GATED) sum_up = warp_sum(sum_up);
-    if (lane > 0) return;
+    sum = warp_sum(sum), sum_up = warp_sum(sum_up);
+    if (lane == 0) part[0][warp] = sum, part[1][warp] = sum_up;
+    __syncthreads();
+    if (warp % share > 0 || lane > 0 || o >= O) return;
+    sum = 0, sum_up = 0;
+    for (int i = warp; i < warp + share; i++) sum += part[0][i], sum_up += part[1][i];
     if (GATED) gate[to] = (real)sum, up[to] = (real)sum_up, sum *= sigmoid(sum) * sum_up;
     out[to] = (Out)(add ? (float)out[to] + sum : sum);
 }
@@ -1063,8 +1058,11 @@ template <bool GATED, typename Out>
 static void few_rows(Out *out, real *gate, real *up, const real *x, const real *w, const real *w_up,
                      Rows r, size_t O, size_t I, enum Mode mode)
 {
-    dim3 grid(grid_of(O, BLOCK / WARP), (unsigned)r.rows);
-#define FEW_ROWS out, gate, up, x, w, w_up, r.offsets, (int)r.groups, O, I, mode == ADD
+    enum { FILL = 8192 }; // warps: what an H100 has at once
+    size_t share = 1;
+    while (share < BLOCK / WARP && r.rows * O * share < FILL) share *= 2;
+    dim3 grid(grid_of(O * share, BLOCK / WARP), (unsigned)r.rows);
+#define FEW_ROWS out, gate, up, x, w, w_up, r.offsets, (int)r.groups, O, I, (int)share, mode == ADD
     if (I % WIDE == 0 && (AT(x) | AT(w) | AT(w_up)) % 16 == 0)
         RUN_KERNEL((few_rows_kernel<WIDE, GATED, Out>), grid, BLOCK, 0, FEW_ROWS);
     else
