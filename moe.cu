@@ -1119,58 +1119,98 @@ static void rmsnorm_forward(real *out,      // [N, C]
              row_threads(C), 0, out, rstd, x, w, C, ld_out, ld_x, (float)eps);
 }
 
-// out_i = x_i r w_i with r = (mean_j x_j^2 + eps)^(-1/2):
-// dx_i = r (dout_i w_i - x_i r^2 mean_j(dout_j w_j x_j)),  dw_i += sum_n dout_i x_i r.
-// A block takes every gridDim-th row and adds up dw of those, each thread of its own columns; reads
-// 2 C (3 C to add), writes C.
-template <int W>
-__global__ void rmsnorm_backward_kernel(real *dx, float *dw_part, const real *dout, const real *x,
-                                        const accum *w, const accum *rstd, size_t N, size_t C,
-                                        size_t ld_dout, size_t ld_x, int add)
+// Of rows n, n + 1, .. of x[N, ..] the packs at column i; of the last row where there are no more.
+template <int W, int ROWS>
+__device__ static void load_rows(Pack<real, W> (&p)[ROWS], const real *x, size_t n, size_t N,
+                                 size_t ld, size_t i)
 {
-    DYNAMIC_SHARED(float, part); // [C]
-    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W)
-        for (int j = 0; j < W; j++) part[i + j] = 0;
-    for (size_t n = blockIdx.x; n < N; n += gridDim.x) {
-        const real *xn = x + n * ld_x, *dn = dout + n * ld_dout;
-        real *dxn = dx + n * ld_x;
-        float dot = 0, r = rstd[n];
-        for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
-            Pack<real, W> xi = load<W>(xn + i), di = load<W>(dn + i);
-            Pack<accum, W> wi = load<W>(w + i);
-            for (int j = 0; j < W; j++) dot += (float)di.x[j] * wi.x[j] * (float)xi.x[j];
-        }
-        float mean = block_reduce<false>(dot) * r * r / (float)C;
-        for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
-            Pack<real, W> xi = load<W>(xn + i), di = load<W>(dn + i), to;
-            Pack<accum, W> wi = load<W>(w + i);
-            if (add) to = load<W>(dxn + i);
-            for (int j = 0; j < W; j++) {
-                float d = (float)di.x[j], at = (float)xi.x[j];
-                float sum = r * (d * wi.x[j] - at * mean);
-                to.x[j] = (real)(add ? (float)to.x[j] + sum : sum);
-                part[i + j] += d * at * r;
-            }
-            store<W>(dxn + i, to);
-        }
-    }
-    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W)
-        for (int j = 0; j < W; j++) dw_part[blockIdx.x * C + i + j] = part[i + j];
+#pragma unroll
+    for (int k = 0; k < ROWS; k++) p[k] = load<W>(x + (n + k < N ? n + k : N - 1) * ld + i);
 }
 
-// out[i] += sum_p part[p, i]. A block has 32 columns, each of its warps an eighth of the parts.
+// out_i = x_i r w_i with r = (mean_j x_j^2 + eps)^(-1/2):
+// dx_i = r (dout_i w_i - x_i r^2 mean_j(dout_j w_j x_j)),  dw_i += sum_n dout_i x_i r.
+// A block is one team of threads or, where rows are short, several. A team takes two rows at once,
+// then others further on, and adds up dw of them, each thread of its own columns. Reads 2 C (3 C to
+// add), and 2 C again from cache; writes C.
+enum { NORM_ROWS = 2 };
+
+template <int W>
+__global__ void __launch_bounds__(BLOCK, 4)
+rmsnorm_backward_kernel(real *dx, float *dw_part, const real *dout, const real *x, const accum *w,
+                        const accum *rstd, size_t N, size_t C, size_t ld_dout, size_t ld_x, int add)
+{
+    SHARED(float, dots, [2][BLOCK / WARP][NORM_ROWS]);
+    DYNAMIC_SHARED(float, part); // [teams, C]
+    int warps = (int)blockDim.x / WARP, team = (int)threadIdx.y, turn = 0; // warps of a team
+    float *sum = part + team * C;
+    size_t first = threadIdx.x * W, strip = blockDim.x * W;
+    for (size_t i = first; i < C; i += strip)
+        for (int j = 0; j < W; j++) sum[i + j] = 0;
+    size_t rows = blockDim.y * NORM_ROWS;
+    for (size_t n0 = blockIdx.x * rows; n0 < N; n0 += gridDim.x * rows, turn ^= 1) {
+        size_t n = n0 + team * NORM_ROWS, end = n < N ? C : 0;
+        Pack<float, NORM_ROWS> dot = {}, r;
+        for (size_t i = first; i < end; i += strip) {
+            Pack<real, W> xi[NORM_ROWS], di[NORM_ROWS];
+            load_rows(xi, x, n, N, ld_x, i);
+            load_rows(di, dout, n, N, ld_dout, i);
+            Pack<accum, W> wi = load<W>(w + i);
+#pragma unroll
+            for (int k = 0; k < NORM_ROWS; k++)
+                for (int j = 0; j < W; j++)
+                    dot.x[k] += (float)di[k].x[j] * wi.x[j] * (float)xi[k].x[j];
+        }
+#pragma unroll
+        for (int k = 0; k < NORM_ROWS; k++) {
+            r.x[k] = n + k < N ? rstd[n + k] : 0;
+            dot.x[k] = warp_sum(dot.x[k]);
+        }
+        if (threadIdx.x % WARP == 0) store(dots[turn][team * warps + threadIdx.x / WARP], dot);
+        __syncthreads();
+        dot = load<NORM_ROWS>(dots[turn][team * warps]);
+        for (int v = 1; v < warps; v++)
+            for (int k = 0; k < NORM_ROWS; k++) dot.x[k] += dots[turn][team * warps + v][k];
+        for (size_t i = first; i < end; i += strip) {
+            Pack<real, W> to[NORM_ROWS];
+            load_rows(to, add ? dx : x, n, N, ld_x, i); // x: of no use
+            Pack<accum, W> wi = load<W>(w + i), s = load<W>(sum + i);
+#pragma unroll
+            for (int k = 0; k < NORM_ROWS && n + k < N; k++) {
+                Pack<real, W> xk = load<W>(x + (n + k) * ld_x + i);
+                Pack<real, W> dk = load<W>(dout + (n + k) * ld_dout + i);
+                float mean = dot.x[k] * r.x[k] * r.x[k] / (float)C;
+                for (int j = 0; j < W; j++) {
+                    float d = (float)dk.x[j], at = (float)xk.x[j];
+                    float dxj = r.x[k] * (d * wi.x[j] - at * mean);
+                    to[k].x[j] = (real)(add ? (float)to[k].x[j] + dxj : dxj);
+                    s.x[j] += d * at * r.x[k];
+                }
+                store(dx + (n + k) * ld_x + i, to[k]);
+            }
+            store(sum + i, s);
+        }
+    }
+    __syncthreads();
+    for (size_t i = team * blockDim.x + threadIdx.x; i < C; i += blockDim.x * blockDim.y) {
+        float all = part[i];
+        for (size_t t = 1; t < blockDim.y; t++) all += part[t * C + i];
+        dw_part[blockIdx.x * C + i] = all;
+    }
+}
+
+// out[i] += sum_p part[p, i]. A block has 32 columns, each of its warps every 32nd part.
 __global__ void add_parts_kernel(float *out, const float *part, size_t parts, size_t n)
 {
-    enum { WARPS = BLOCK / WARP };
-    SHARED(float, sums, [WARPS][WARP]);
+    SHARED(float, sums, [WARP][WARP]);
     size_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, i = blockIdx.x * WARP + lane;
     float sum = 0;
-#pragma unroll 8
-    for (size_t p = warp; p < parts && i < n; p += WARPS) sum += part[p * n + i];
+#pragma unroll 4
+    for (size_t p = warp; p < parts && i < n; p += WARP) sum += part[p * n + i];
     sums[warp][lane] = sum;
     __syncthreads();
     if (warp > 0 || i >= n) return;
-    for (int w = 1; w < WARPS; w++) sum += sums[w][lane];
+    for (int w = 1; w < WARP; w++) sum += sums[w][lane];
     out[i] += sum;
 }
 
@@ -1179,12 +1219,14 @@ static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *
                              enum Mode mode)
 {
     METER(__func__, 0, 3 * N * C * sizeof(real));
-    size_t parts = min_size(N, 528); // four blocks for each multiprocessor of an H100
+    dim3 threads(row_threads(C), BLOCK / row_threads(C));
+    // four blocks for each multiprocessor of an H100
+    size_t parts = min_size(ceil_div(N, threads.y * NORM_ROWS), 528);
     float *part = (float *)scratch(parts * C * sizeof(float));
     RUN_WIDE(C | ld_dout | ld_x, AT(dx) | AT(dout) | AT(x) | AT(w), rmsnorm_backward_kernel,
-             grid_of(parts, 1), row_threads(C), C * sizeof(float), dx, part, dout, x, w, rstd, N,
-             C, ld_dout, ld_x, mode == ADD);
-    RUN_KERNEL(add_parts_kernel, grid_of(C, WARP), BLOCK, 0, dw, part, parts, C);
+             grid_of(parts, 1), threads, threads.y * C * sizeof(float), dx, part, dout, x, w, rstd,
+             N, C, ld_dout, ld_x, mode == ADD);
+    RUN_KERNEL(add_parts_kernel, grid_of(C, WARP), WARP * WARP, 0, dw, part, parts, C);
 }
 
 // act = silu(gate) * up, silu(z) = z sigmoid(z). Reads 2, writes 1.

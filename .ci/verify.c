@@ -392,6 +392,8 @@ static void operations(void)
         rmsnorm(37, 29, 58, 31, (enum Mode)mode);
         rmsnorm(300, 64, 128, 72, (enum Mode)mode);
         rmsnorm(3, 2500, 2500, 2500, (enum Mode)mode);
+        rmsnorm(7, 2568, 2576, 2568, (enum Mode)mode); // longer than a block has packs
+        rmsnorm(8600, 8, 8, 8, (enum Mode)mode); // more than the blocks take at once
         dispatch(1, 1, 1, 1, (enum Mode)mode);
         dispatch(150, 2, 6, 13, (enum Mode)mode);
         dispatch(300, 3, 40, 24, (enum Mode)mode);
