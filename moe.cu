@@ -2277,16 +2277,20 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
 }
 
 // Indices of the K largest of n values, in falling order; of equal ones the first. By a warp; taken
-// [n] tells which they are, each lane its own.
+// [n] tells which they are, each lane its own. Of its own a lane looks for the best again when it
+// has been taken.
 __device__ static void top_k(int *index, unsigned char *taken, const float *value, int n, int K)
 {
-    int lane = (int)threadIdx.x % WARP;
+    int lane = (int)threadIdx.x % WARP, mine = -1;
+    float my_value = 0;
+    bool look = true;
     for (int i = lane; i < n; i += WARP) taken[i] = 0;
     for (int k = 0; k < K; k++) {
-        int best = -1;
-        float most = 0;
-        for (int i = lane; i < n; i += WARP)
-            if (!taken[i] && (best < 0 || value[i] > most)) best = i, most = value[i];
+        if (look) mine = -1;
+        for (int i = lane; i < n && look; i += WARP)
+            if (!taken[i] && (mine < 0 || value[i] > my_value)) mine = i, my_value = value[i];
+        int best = mine;
+        float most = my_value;
         for (int d = WARP / 2; d > 0; d /= 2) {
             int other = __shfl_xor_sync(~0u, best, d);
             float its = __shfl_xor_sync(~0u, most, d);
@@ -2295,7 +2299,8 @@ __device__ static void top_k(int *index, unsigned char *taken, const float *valu
         }
         best = __shfl_sync(~0u, best, 0); // with NaNs about lanes might differ
         if (lane == 0) index[k] = best;
-        if (lane == best % WARP) taken[best] = 1;
+        look = lane == best % WARP;
+        if (look) taken[best] = 1;
     }
     __syncwarp();
 }
