@@ -2401,42 +2401,61 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
 // Sequence-wise balance loss ([V3] 17-20), for each sequence
 //     loss = sum_i f_i P_i,  P_i = mean_t s_ti / sum_j s_tj,
 //     f_i = E / (K T) * the number of tokens with i among the K best of s, bias and groups aside.
-// First, a warp a token: the sum of its affinities and its K best.
-__global__ void balance_tokens_kernel(accum *sums, unsigned char *best, int *index, const accum *s,
-                                      int E, int K, int hold)
+// First a block has 16 tokens of a sequence, each of its warps two: what they add to P_i and to the
+// number that f_i is made of. Reads 4 E bytes a token.
+enum { BALANCE_TOKENS = 16 };
+
+__global__ void balance_tokens_kernel(float *share, int *count, const accum *s, int T, int E, int K,
+                                      int hold)
 {
-    const accum *sn = s + (size_t)blockIdx.x * E;
-    float sum = 0;
-    for (int e = (int)threadIdx.x; e < E; e += WARP) sum += sn[e];
-    sum = warp_sum(sum);
-    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
-    if (!hold) top_k(index + (size_t)blockIdx.x * K, best + (size_t)blockIdx.x * E, sn, E, K);
+    enum { WARPS = BLOCK / WARP };
+    DYNAMIC_SHARED(float, P);                                   // [WARPS, E]
+    int *chosen = (int *)(P + WARPS * E);                       // [WARPS, E]
+    int *index = chosen + WARPS * E;                            // [WARPS, K]
+    unsigned char *best = (unsigned char *)(index + WARPS * K); // [WARPS, E]
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    int t = (int)blockIdx.x * BALANCE_TOKENS, end = t + BALANCE_TOKENS < T ? t + BALANCE_TOKENS : T;
+    for (int e = lane; e < E; e += WARP) P[warp * E + e] = 0, chosen[warp * E + e] = 0;
+    for (t += warp; t < end; t += WARPS) {
+        const accum *st = s + ((size_t)blockIdx.y * T + t) * E;
+        float sum = 0;
+        for (int e = lane; e < E; e += WARP) sum += st[e];
+        sum = warp_sum(sum);
+        if (!hold) top_k(index + warp * K, best + warp * E, st, E, K);
+        for (int e = lane; e < E; e += WARP) {
+            P[warp * E + e] += st[e] / sum;
+            if (!hold) chosen[warp * E + e] += best[warp * E + e];
+        }
+    }
+    __syncthreads();
+    for (int e = (int)threadIdx.x; e < E; e += BLOCK) {
+        for (int w = 1; w < WARPS; w++) P[e] += P[w * E + e], chosen[e] += chosen[w * E + e];
+        size_t at = ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * E + e;
+        share[at] = P[e], count[at] = chosen[e];
+    }
 }
 
-// Then a block of 32 warps a sequence: a lane an expert, a warp every 32nd token. Reads 5 E bytes a
-// token.
-__global__ void balance_forward_kernel(accum *loss, accum *f, const accum *sums,
-                                       const unsigned char *best, const accum *s, int T, int E,
-                                       int K, int hold)
+// Then a block of 32 warps a sequence adds up: a lane an expert, a warp every 32nd of the blocks
+// before.
+__global__ void balance_forward_kernel(accum *loss, accum *f, const float *share, const int *count,
+                                       int blocks, int T, int E, int K, int hold)
 {
-    enum { WARPS = 32 };
-    SHARED(float, share, [WARPS][WARP]);
-    SHARED(int, count, [WARPS][WARP]);
+    SHARED(float, shares, [WARP][WARP]);
+    SHARED(int, counts, [WARP][WARP]);
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    size_t n = (size_t)blockIdx.x * T;
     float total = 0;
     for (int e0 = 0; e0 < E; e0 += WARP) {
         int e = e0 + lane, chosen = 0;
         float P = 0;
-        for (int t = warp; t < T && e < E; t += WARPS) {
-            P += s[(n + t) * E + e] / sums[n + t];
-            if (!hold) chosen += best[(n + t) * E + e];
+        for (int b = warp; b < blocks && e < E; b += WARP) {
+            size_t at = ((size_t)blockIdx.x * blocks + b) * E + e;
+            P += share[at], chosen += count[at];
         }
         __syncthreads(); // the experts before have been added up
-        share[warp][lane] = P, count[warp][lane] = chosen;
+        shares[warp][lane] = P, counts[warp][lane] = chosen;
         __syncthreads();
         if (warp > 0 || e >= E) continue;
-        for (int w = 1; w < WARPS; w++) P += share[w][lane], chosen += count[w][lane];
+        for (int w = 1; w < WARP; w++) P += shares[w][lane], chosen += counts[w][lane];
         accum *fe = f + (size_t)blockIdx.x * E + e;
         if (!hold) *fe = (float)chosen * (float)E / ((float)K * (float)T);
         total += *fe * P / (float)T;
@@ -2451,36 +2470,39 @@ static void balance_forward(accum *loss,    // [B]
                             size_t B, size_t T, size_t E, size_t K)
 {
     METER(__func__, 0, B * T * E * sizeof(real));
-    size_t N = B * T;
-    accum *sums = (accum *)scratch(N * (sizeof(accum) + K * sizeof(int) + E)); // [N]
-    int *index = (int *)(sums + N);                                            // [N, K]
-    unsigned char *best = (unsigned char *)(index + N * K);                    // [N, E]
-    RUN_KERNEL(balance_tokens_kernel, grid_of(N, 1), WARP, 0, sums, best, index, s, (int)E, (int)K,
-               hold_routing);
-    RUN_KERNEL(balance_forward_kernel, grid_of(B, 1), 32 * WARP, 0, loss, f, sums, best, s, (int)T,
-               (int)E, (int)K, hold_routing);
+    unsigned blocks = grid_of(T, BALANCE_TOKENS); // of a sequence
+    size_t n = B * blocks * E;
+    float *share = (float *)scratch(n * (sizeof(float) + sizeof(int))); // [B, blocks, E]
+    int *count = (int *)(share + n);                                    // [B, blocks, E]
+    RUN_KERNEL(balance_tokens_kernel, dim3(blocks, (unsigned)B), BLOCK,
+               BLOCK / WARP * (E * (sizeof(float) + sizeof(int) + 1) + K * sizeof(int)), share,
+               count, s, (int)T, (int)E, (int)K, hold_routing);
+    RUN_KERNEL(balance_forward_kernel, grid_of(B, 1), WARP * WARP, 0, loss, f, share, count,
+               (int)blocks, (int)T, (int)E, (int)K, hold_routing);
 }
 
 // loss = sum_i f_i mean_t s_ti / S_t with S_t = sum_j s_tj, f a constant:
 //     ds_ti = dloss / T (f_i / S_t - sum_j f_j s_tj / S_t^2).
-// A warp a token, alone in its block; reads 8 E bytes, writes 4 E.
+// A warp a token; reads 4 E bytes, and as many from cache, writes 4 E.
 __global__ void balance_backward_kernel(accum *ds, float scale, const accum *f, const accum *s,
-                                        int T, int E)
+                                        size_t N, size_t T, int E)
 {
-    const accum *fb = f + (size_t)(blockIdx.x / T) * E, *sn = s + (size_t)blockIdx.x * E;
+    size_t n = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
+    if (n >= N) return;
+    const accum *fb = f + n / T * E, *sn = s + n * E;
+    int lane = (int)threadIdx.x % WARP;
     float sum = 0, dot = 0;
-    for (int e = (int)threadIdx.x; e < E; e += WARP) sum += sn[e], dot += fb[e] * sn[e];
+    for (int e = lane; e < E; e += WARP) sum += sn[e], dot += fb[e] * sn[e];
     sum = warp_sum(sum), dot = warp_sum(dot);
-    for (int e = (int)threadIdx.x; e < E; e += WARP)
-        ds[(size_t)blockIdx.x * E + e] = scale * (fb[e] - dot / sum) / sum;
+    for (int e = lane; e < E; e += WARP) ds[n * E + e] = scale * (fb[e] - dot / sum) / sum;
 }
 
 static void balance_backward(accum *ds, double dloss, const accum *f, const accum *s, size_t B,
                              size_t T, size_t E)
 {
     METER(__func__, 0, 2 * B * T * E * sizeof(real));
-    RUN_KERNEL(balance_backward_kernel, grid_of(B * T, 1), WARP, 0, ds, (float)(dloss / (double)T),
-               f, s, (int)T, (int)E);
+    RUN_KERNEL(balance_backward_kernel, grid_of(B * T, BLOCK / WARP), BLOCK, 0, ds,
+               (float)(dloss / (double)T), f, s, B * T, T, (int)E);
 }
 
 // Sorts the N K choices of experts by expert, tokens in order within one, and copies the tokens

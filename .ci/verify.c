@@ -421,6 +421,7 @@ static void operations(void)
     router(30, 24, 100, 9, 1, 1, 1);
     balance(1, 1, 1, 1);
     balance(3, 50, 37, 5);
+    balance(2, 600, 40, 3);
     cross_entropy(1, 1);
     cross_entropy(37, 257);
     cross_entropy(12, 4096);
