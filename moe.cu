@@ -1384,27 +1384,42 @@ static void crop_backward(real *din, const real *dout, size_t B, size_t T, size_
 
 // Turns the pair (x_2j, x_2j+1) of a row at position p by the angle p theta_j, whose cosine and
 // sine stand in table[p][2j], table[p][2j+1]; backwards if sign is -1. A row holds `heads` vectors
-// that stand `head` apart. out may be x. A thread a pair; reads and writes it.
+// that stand `head` apart. out may be x. A thread has W numbers, or a pair: reads and writes them,
+// their angles from cache.
+template <int W>
 __global__ void rope_kernel(real *out, const real *x, const int *pos, const accum *table,
                             float sign, size_t N, size_t heads, size_t Dr, size_t ld_out,
                             size_t ld_x, size_t head)
 {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, pairs = Dr / 2;
-    if (i >= N * heads * pairs) return;
-    size_t n = i / (heads * pairs), h = i / pairs % heads, j = i % pairs * 2;
-    const accum *angle = table + (size_t)pos[n] * Dr + j;
-    const real *from = x + n * ld_x + h * head + j;
-    real *to = out + n * ld_out + h * head + j;
-    float even = (float)from[0], odd = (float)from[1], cosine = angle[0], sine = sign * angle[1];
-    to[0] = (real)(even * cosine - odd * sine);
-    to[1] = (real)(even * sine + odd * cosine);
+    enum { PACKS = W > 1 ? 1 : 2 };
+    FOR_PACKS(i, N * heads * Dr / PACKS) {
+        size_t n = i * PACKS / (heads * Dr);
+        unsigned at = (unsigned)(i * PACKS - n * heads * Dr), h = at / (unsigned)Dr;
+        size_t j = at - h * Dr;
+        const accum *angle = table + (size_t)pos[n] * Dr + j;
+        const real *from = x + n * ld_x + h * head + j;
+        real *to = out + n * ld_out + h * head + j;
+        Pack<real, W> v[PACKS];
+        Pack<accum, W> turn[PACKS];
+        for (int p = 0; p < PACKS; p++)
+            v[p] = load<W>(from + p * W), turn[p] = load<W>(angle + p * W);
+        for (int k = 0; k < PACKS * W; k += 2) {
+            real *even = &v[k / W].x[k % W], *odd = &v[(k + 1) / W].x[(k + 1) % W];
+            float a = (float)*even, b = (float)*odd, cosine = turn[k / W].x[k % W];
+            float sine = sign * turn[(k + 1) / W].x[(k + 1) % W];
+            *even = (real)(a * cosine - b * sine);
+            *odd = (real)(a * sine + b * cosine);
+        }
+        for (int p = 0; p < PACKS; p++) store(to + p * W, v[p]);
+    }
 }
 
 static void rope_turn(real *out, const real *x, const int *pos, const accum *table, accum sign,
                       size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
 {
-    RUN_KERNEL(rope_kernel, grid_of(N * heads * (Dr / 2), BLOCK), BLOCK, 0, out, x, pos, table,
-               sign, N, heads, Dr, ld_out, ld_x, head);
+    RUN_WIDE(Dr | ld_out | ld_x | head, AT(out) | AT(x) | AT(table), rope_kernel,
+             grid_of(N * heads * Dr, BLOCK * WIDE), BLOCK, 0, out, x, pos, table, sign, N, heads,
+             Dr, ld_out, ld_x, head);
 }
 
 // Rotary position embedding: out = R(p) x.

@@ -407,6 +407,7 @@ static void operations(void)
     crop(3, 5, 7, 11);
     rope(37, 3, 6, 11, 40);
     rope(20, 1, 8, 8, 24);
+    rope(90, 5, 16, 24, 128);
     attention(1, 1, 1, 1, 2, 1);
     attention(2, 77, 3, 3, 2, 5);
     attention(1, 64, 2, 8, 4, 8);
