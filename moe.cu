@@ -36,6 +36,7 @@ At each kernel stands what it moves and computes. Bytes are of real (2 in bfloat
 #else
 #include ".ci/cuda_on_cpu.h"
 #endif
+#include <float.h>
 #include "moe.c"
 #else // taken in by moe.c
 
@@ -2707,25 +2708,37 @@ static void combine_backward(real *dout, accum *dg, const real *dy, const real *
 }
 
 // loss[n] = lse[n] - z[n, target[n]] with z = logits / temperature and lse = log sum exp z.
-// A block a row, which it reads twice, the second time mostly from cache.
+// A block a row. A thread keeps the largest logit so far and, relative to it, the sum of exp; it
+// takes four packs at once. Reads V.
 template <int W>
 __global__ void cross_entropy_forward_kernel(accum *loss, accum *lse, const real *logits,
                                              const int *target, float beta, size_t V)
 {
+    enum { PACKS = 4 };
+    const float log2_beta = beta * 1.44269504f;
     const real *z = logits + blockIdx.x * V;
-    float max = -INFINITY, sum = 0;
-    for (size_t v = threadIdx.x * W; v < V; v += blockDim.x * W) {
-        Pack<real, W> zv = load<W>(z + v);
-        for (int j = 0; j < W; j++) max = fmaxf(max, (float)zv.x[j]);
+    float max = -FLT_MAX, sum = 0;
+    for (size_t v = threadIdx.x * W; v < V; v += PACKS * blockDim.x * W) {
+        Pack<real, W> zv[PACKS];
+        float before = max;
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            size_t at = v + p * blockDim.x * W;
+            zv[p] = load<W>(z + (at < V ? at : v));
+            for (int j = 0; j < W; j++) max = fmaxf(max, (float)zv[p].x[j]);
+        }
+        sum *= exp2_approx(log2_beta * (before - max));
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            if (v + p * blockDim.x * W >= V) break;
+            for (int j = 0; j < W; j++)
+                sum += exp2_approx(log2_beta * ((float)zv[p].x[j] - max));
+        }
     }
-    max = block_reduce<true>(max);
-    for (size_t v = threadIdx.x * W; v < V; v += blockDim.x * W) {
-        Pack<real, W> zv = load<W>(z + v);
-        for (int j = 0; j < W; j++) sum += expf(beta * ((float)zv.x[j] - max));
-    }
-    sum = block_reduce<false>(sum);
+    float most = block_reduce<true>(max);
+    sum = block_reduce<false>(sum * exp2_approx(log2_beta * (max - most)));
     if (threadIdx.x > 0) return;
-    float log_sum = beta * max + logf(sum);
+    float log_sum = beta * most + logf(sum);
     lse[blockIdx.x] = log_sum;
     loss[blockIdx.x] = log_sum - beta * (float)z[target[blockIdx.x]];
 }

@@ -426,6 +426,7 @@ static void operations(void)
     cross_entropy(1, 1);
     cross_entropy(37, 257);
     cross_entropy(12, 4096);
+    cross_entropy(3, 19000);
     latent(1, 1, 1, 2, 1, 1, 17);
     latent(5, 3, 8, 4, 6, 40, 17);
     latent(3, 5, 16, 8, 16, 64, 150); // bfloat16: by tensor cores, positions shared out
