@@ -1298,70 +1298,75 @@ static void embedding_forward(real *out,        // [N, C]
              out, token, w, C);
 }
 
-// first[n]: whether no token before n is the same. A warp a token.
-__global__ void embedding_first_kernel(int *first, const int *token, size_t N)
-{
-    size_t n = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
-    int lane = (int)threadIdx.x % WARP, mine = n < N ? token[n] : 0;
-    unsigned same = n >= N;
-    for (size_t i = 0; i < n && !same; i += WARP)
-        same = __ballot_sync(~0u, i + lane < n && token[i + lane] == mine);
-    if (lane == 0 && n < N) first[n] = !same;
-}
-
-// out[n] = w[token[n]]: dw[token[n]] += dout[n]. A block has the first n of its token and a strip
-// of columns; each of its warps adds up an eighth of the rows of that token, then the sums are
-// added in order. Reads C a row, adds 4 C bytes a token; the tokens themselves come from L2.
-enum { EMBED_PACKS = 8 }; // of a lane
-
+// out[n] = w[token[n]]: dw[token[n]] += dout[n]. A block has the first n of its token (any other
+// ends at once) and a strip of columns. A token a thread, it lists the rows where its token comes
+// again, and its teams of threads add up each every so many of those, each thread of its own
+// columns; then the sums are added in order. Reads C a row, adds 4 C bytes a token; the tokens
+// themselves come from cache.
 template <int W>
-__global__ void embedding_backward_kernel(accum *dw, const real *dout, const int *token,
-                                          const int *first, size_t N, size_t C)
+__global__ void embedding_backward_kernel(accum *dw, const real *dout, const int *token, int N,
+                                          size_t C)
 {
-    enum { WARPS = BLOCK / WARP };
-    SHARED(float, part, [WARPS][WARP * W]);
-    size_t n = blockIdx.x, strip = (size_t)blockIdx.y * EMBED_PACKS * WARP * W;
-    if (!first[n]) return;
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, mine = token[n];
-    size_t share = ((N - n) / WARPS / WARP + 1) * WARP, begin = n + warp * share;
-    size_t end = begin + share < N ? begin + share : N;
-    float sum[EMBED_PACKS][W] = {};
-    for (size_t i = begin; i < end; i += WARP) {
-        unsigned same = __ballot_sync(~0u, i + lane < end && token[i + lane] == mine);
-        for (; same; same &= same - 1) {
-            size_t row = i + (size_t)__ffs((int)same) - 1;
+    enum { AT_ONCE = 4 }; // rows
+    SHARED(float, part, [BLOCK * W]);
+    SHARED(int, rows, [BLOCK]);
+    SHARED(int, found, [BLOCK / WARP]); // by each warp
+    SHARED(int, last, [1]);
+    int teams = (int)blockDim.y, threads = (int)blockDim.x * teams, team = (int)threadIdx.y;
+    int thread = team * (int)blockDim.x + (int)threadIdx.x, lane = thread % WARP;
+    int n = (int)blockIdx.x, mine = token[n], before = 0, after = 0;
+    size_t col = (blockIdx.y * blockDim.x + threadIdx.x) * W;
+    if (thread == 0) *last = n;
+#pragma unroll 4
+    for (int i = thread; i < n; i += threads) before |= token[i] == mine;
+    if (__syncthreads_or(before)) return;
+#pragma unroll 4
+    for (int i = n + thread; i < N; i += threads)
+        if (token[i] == mine) after = i;
+    if (after > n) atomicMax(last, after);
+    __syncthreads();
+    Pack<float, W> sum = {};
+    for (int i = n + thread; i - thread <= *last; i += threads) {
+        int same = i < N && token[i] == mine, count = __syncthreads_count(same);
+        unsigned lanes = __ballot_sync(~0u, same);
+        int at = __popc(lanes & ((1u << lane) - 1));
+        if (lane == 0) found[thread / WARP] = __popc(lanes);
+        __syncthreads();
+        for (int w = 0; w < thread / WARP; w++) at += found[w];
+        if (same) rows[at] = i;
+        __syncthreads();
+        if (col >= C) count = 0;
+        for (int k = team; k < count; k += AT_ONCE * teams) {
+            Pack<real, W> d[AT_ONCE];
 #pragma unroll
-            for (int p = 0; p < EMBED_PACKS; p++) {
-                size_t col = strip + (size_t)(p * WARP + lane) * W;
-                if (col >= C) continue;
-                Pack<real, W> d = load<W>(dout + row * C + col);
-                for (int j = 0; j < W; j++) sum[p][j] += (float)d.x[j];
+            for (int u = 0; u < AT_ONCE; u++) {
+                int its = k + u * teams < count ? k + u * teams : k;
+                d[u] = load<W>(dout + rows[its] * C + col);
+            }
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; u++) {
+                if (k + u * teams >= count) break;
+                for (int j = 0; j < W; j++) sum.x[j] += (float)d[u].x[j];
             }
         }
     }
-#pragma unroll
-    for (int p = 0; p < EMBED_PACKS; p++, strip += WARP * W) {
-        if (strip >= C) return;
-        __syncthreads(); // the strip before has been added
-        for (int j = 0; j < W; j++) part[warp][lane * W + j] = sum[p][j];
-        __syncthreads();
-        for (size_t i = threadIdx.x; i < WARP * W && strip + i < C; i += BLOCK) {
-            float all = 0;
-            for (int w = 0; w < WARPS; w++) all += part[w][i];
-            dw[(size_t)mine * C + strip + i] += all;
-        }
-    }
+    store(part + thread * W, sum);
+    __syncthreads();
+    if (team > 0 || col >= C) return;
+    accum *to = dw + mine * C + col;
+    Pack<accum, W> all = load<W>(to);
+    for (int t = 0; t < teams; t++)
+        for (int j = 0; j < W; j++) all.x[j] += part[(t * blockDim.x + threadIdx.x) * W + j];
+    store(to, all);
 }
 
 static void embedding_backward(accum *dw, const real *dout, const int *token, size_t N, size_t C)
 {
     METER(__func__, 0, 2 * N * C * sizeof(real));
-    int *first = (int *)scratch(N * sizeof(int));
-    RUN_KERNEL(embedding_first_kernel, grid_of(N, BLOCK / WARP), BLOCK, 0, first, token, N);
-    RUN_WIDE(C, AT(dout), embedding_backward_kernel,
-             dim3((unsigned)N, grid_of(C, EMBED_PACKS * WARP *
-                                              (C % WIDE || AT(dout) % 16 ? 1 : WIDE))), BLOCK,
-             0, dw, dout, token, first, N, C);
+    dim3 threads(row_threads(C), BLOCK / row_threads(C));
+    size_t strip = threads.x * (C % WIDE || (AT(dw) | AT(dout)) % 16 ? 1 : WIDE);
+    RUN_WIDE(C, AT(dw) | AT(dout), embedding_backward_kernel, dim3((unsigned)N, grid_of(C, strip)),
+             threads, 0, dw, dout, token, (int)N, C);
 }
 
 // Rows of a longer sequence that a shorter one keeps: out[b,t] = in[b,t] for t < T.

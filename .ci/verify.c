@@ -404,6 +404,8 @@ static void operations(void)
     embedding(1, 3, 1);
     embedding(300, 11, 37);
     embedding(100, 400, 264);
+    embedding(700, 60, 1032); // two teams of threads, or one and two strips
+    embedding(40, 9, 2064);
     crop(3, 5, 7, 11);
     rope(37, 3, 6, 11, 40);
     rope(20, 1, 8, 8, 24);
