@@ -2329,17 +2329,21 @@ __device__ static void top_k(int *index, unsigned char *taken, const float *valu
 // Sends each token to K experts ([V3] 12-16). s = sigmoid(x W^T); selection looks at s + bias: a
 // group of experts scores the sum of its two best, KG groups stay, the K best in them are taken.
 // Their weights come from s alone: g_k = s_k / (sum of the selected + 1e-20), if norm, times scale.
-// A warp a token, alone in its block; s holds x W^T at first. Reads and writes 4 E bytes.
-__global__ void router_forward_kernel(accum *s, int *topk, accum *g, const accum *bias, int E,
-                                      int K, int G, int KG, int norm, float scale, int hold)
+// A warp a token; s holds x W^T at first. Reads and writes 4 E bytes.
+__global__ void router_forward_kernel(accum *s, int *topk, accum *g, const accum *bias, size_t N,
+                                      int E, int K, int G, int KG, int norm, float scale, int hold)
 {
-    DYNAMIC_SHARED(float, choice); // [E]
-    float *group_score = choice + E; // [G]
-    int *kept = (int *)(group_score + G); // [KG]
-    unsigned char *taken = (unsigned char *)(kept + KG), *keep = taken + E; // [E], [G]
-    int lane = (int)threadIdx.x, size = E / G;
-    accum *sn = s + (size_t)blockIdx.x * E;
-    int *index = topk + (size_t)blockIdx.x * K;
+    enum { WARPS = BLOCK / WARP };
+    DYNAMIC_SHARED(float, choices); // [WARPS, E + G + KG], then taken [WARPS, E + G]
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, size = E / G;
+    size_t n = (size_t)blockIdx.x * WARPS + warp;
+    if (n >= N) return;
+    float *choice = choices + warp * (E + G + KG), *group_score = choice + E; // [E], [G]
+    int *kept = (int *)(group_score + G);                                     // [KG]
+    unsigned char *taken = (unsigned char *)(choices + WARPS * (E + G + KG)) + warp * (E + G);
+    unsigned char *keep = taken + E; // [G]
+    accum *sn = s + n * E;
+    int *index = topk + n * K;
     for (int e = lane; e < E; e += WARP) {
         sn[e] = sigmoid(sn[e]);
         choice[e] = sn[e] + bias[e];
@@ -2366,7 +2370,7 @@ __global__ void router_forward_kernel(accum *s, int *topk, accum *g, const accum
     for (int k = lane; k < K; k += WARP) sum += sn[index[k]];
     sum = warp_sum(sum) + 1e-20f;
     for (int k = lane; k < K; k += WARP)
-        g[(size_t)blockIdx.x * K + k] = scale * (norm ? sn[index[k]] / sum : sn[index[k]]);
+        g[n * K + k] = scale * (norm ? sn[index[k]] / sum : sn[index[k]]);
 }
 
 static void router_forward(accum *s,          // [N, E] affinities
@@ -2380,22 +2384,25 @@ static void router_forward(accum *s,          // [N, E] affinities
 {
     METER(__func__, 2.0 * N * E * C, (N * (C + E) + E * C) * sizeof(real));
     gemm(s, E, x, 0, C, w, 1, C, N, E, C, 0);
-    RUN_KERNEL(router_forward_kernel, grid_of(N, 1), WARP,
-               (E + G) * (sizeof(float) + 1) + KG * sizeof(int), s, topk, g, bias, (int)E, (int)K,
-               (int)G, (int)KG, norm, (float)scale, hold_routing);
+    RUN_KERNEL(router_forward_kernel, grid_of(N, BLOCK / WARP), BLOCK,
+               BLOCK / WARP * ((E + G) * (sizeof(float) + 1) + KG * sizeof(int)), s, topk, g, bias,
+               N, (int)E, (int)K, (int)G, (int)KG, norm, (float)scale, hold_routing);
 }
 
 // The selection is a constant. With S = sum of the selected s + 1e-20 and g_k = scale s_k / S:
 //     ds_k += scale / S (dg_k - sum_j dg_j s_j / S);   without norm  ds_k += scale dg_k.
 // s = sigmoid(z), z = x W^T:   dz = ds s (1 - s),  dx += dz W,  dW += dz^T x.
-// A warp a token, alone in its block; reads 8 E bytes, writes E.
+// A warp a token; reads 8 E bytes, writes E.
 __global__ void router_backward_kernel(real *dz, accum *ds, const accum *dg, const accum *s,
-                                       const int *topk, int E, int K, int norm, float scale)
+                                       const int *topk, size_t N, int E, int K, int norm,
+                                       float scale)
 {
-    const accum *sn = s + (size_t)blockIdx.x * E, *dgn = dg + (size_t)blockIdx.x * K;
-    const int *index = topk + (size_t)blockIdx.x * K;
-    accum *dsn = ds + (size_t)blockIdx.x * E;
-    int lane = (int)threadIdx.x;
+    size_t n = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
+    if (n >= N) return;
+    const accum *sn = s + n * E, *dgn = dg + n * K;
+    const int *index = topk + n * K;
+    accum *dsn = ds + n * E;
+    int lane = (int)threadIdx.x % WARP;
     float sum = 0, dot = 0;
     for (int k = lane; k < K; k += WARP) sum += sn[index[k]], dot += dgn[k] * sn[index[k]];
     sum = warp_sum(sum) + 1e-20f;
@@ -2404,7 +2411,7 @@ __global__ void router_backward_kernel(real *dz, accum *ds, const accum *dg, con
         dsn[index[k]] += scale * (norm ? (dgn[k] - dot) / sum : dgn[k]);
     __syncwarp();
     for (int e = lane; e < E; e += WARP)
-        dz[(size_t)blockIdx.x * E + e] = (real)(dsn[e] * sn[e] * (1 - sn[e]));
+        dz[n * E + e] = (real)(dsn[e] * sn[e] * (1 - sn[e]));
 }
 
 static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, const accum *s,
@@ -2413,8 +2420,8 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
 {
     METER(__func__, 4.0 * N * E * C, (N * (2 * C + 3 * E) + 2 * E * C) * sizeof(real));
     real *dz = (real *)scratch(N * E * sizeof(real)); // [N, E]
-    RUN_KERNEL(router_backward_kernel, grid_of(N, 1), WARP, 0, dz, ds, dg, s, topk, (int)E, (int)K,
-               norm, (float)scale);
+    RUN_KERNEL(router_backward_kernel, grid_of(N, BLOCK / WARP), BLOCK, 0, dz, ds, dg, s, topk, N,
+               (int)E, (int)K, norm, (float)scale);
     matmul_backward_x(dx, dz, w, all_rows(N), E, C, ADD);
     matmul_backward_w(dw, dz, x, all_rows(N), E, C);
 }
