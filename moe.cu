@@ -37,6 +37,7 @@ At each kernel stands what it moves and computes. Bytes are of real (2 in bfloat
 #else
 #include ".ci/cuda_on_cpu.h"
 #endif
+#include <float.h>
 #include "moe.c"
 #else // taken in by moe.c
 
@@ -1014,10 +1015,10 @@ static void wgmma_grouped(Out *c, TensorMap a, TensorMap b, Rows r, size_t m, si
 }
 #endif // MOE_HOPPER
 
-// out = x W^T for as few rows as one token has, whose time is that of reading the weights: I numbers
-// for 2 I FLOPs. GATED: gate = x W^T, up = x W_up^T, out = silu(gate) up. `share` of a block's
-// warps have an output, more where outputs are few, so that enough loads are under way. Blocks
-// [outputs, rows].
+// out = x W^T for as few rows as one token has, whose time is that of reading the weights: I
+// numbers for 2 I FLOPs. GATED: gate = x W^T, up = x W_up^T, out = silu(gate) up. `share` of a
+// block's warps have an output, more where outputs are few, so that enough loads are under way.
+// Blocks [outputs, rows].
 enum { FEW = 16 }; // rows of experts, at most
 
 template <int W, bool GATED, typename Out>
@@ -1192,58 +1193,98 @@ static void rmsnorm_forward(real *out,      // [N, C]
              row_threads(C), 0, out, rstd, x, w, C, ld_out, ld_x, (float)eps);
 }
 
-// out_i = x_i r w_i with r = (mean_j x_j^2 + eps)^(-1/2):
-// dx_i = r (dout_i w_i - x_i r^2 mean_j(dout_j w_j x_j)),  dw_i += sum_n dout_i x_i r.
-// A block takes every gridDim-th row and adds up dw of those, each thread of its own columns; reads
-// 2 C (3 C to add), writes C.
-template <int W>
-__global__ void rmsnorm_backward_kernel(real *dx, float *dw_part, const real *dout, const real *x,
-                                        const accum *w, const accum *rstd, size_t N, size_t C,
-                                        size_t ld_dout, size_t ld_x, int add)
+// Of rows n, n + 1, .. of x[N, ..] the packs at column i; of the last row where there are no more.
+template <int W, int ROWS>
+__device__ static void load_rows(Pack<real, W> (&p)[ROWS], const real *x, size_t n, size_t N,
+                                 size_t ld, size_t i)
 {
-    DYNAMIC_SHARED(float, part); // [C]
-    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W)
-        for (int j = 0; j < W; j++) part[i + j] = 0;
-    for (size_t n = blockIdx.x; n < N; n += gridDim.x) {
-        const real *xn = x + n * ld_x, *dn = dout + n * ld_dout;
-        real *dxn = dx + n * ld_x;
-        float dot = 0, r = rstd[n];
-        for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
-            Pack<real, W> xi = load<W>(xn + i), di = load<W>(dn + i);
-            Pack<accum, W> wi = load<W>(w + i);
-            for (int j = 0; j < W; j++) dot += (float)di.x[j] * wi.x[j] * (float)xi.x[j];
-        }
-        float mean = block_reduce<false>(dot) * r * r / (float)C;
-        for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
-            Pack<real, W> xi = load<W>(xn + i), di = load<W>(dn + i), to;
-            Pack<accum, W> wi = load<W>(w + i);
-            if (add) to = load<W>(dxn + i);
-            for (int j = 0; j < W; j++) {
-                float d = (float)di.x[j], at = (float)xi.x[j];
-                float sum = r * (d * wi.x[j] - at * mean);
-                to.x[j] = (real)(add ? (float)to.x[j] + sum : sum);
-                part[i + j] += d * at * r;
-            }
-            store<W>(dxn + i, to);
-        }
-    }
-    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W)
-        for (int j = 0; j < W; j++) dw_part[blockIdx.x * C + i + j] = part[i + j];
+#pragma unroll
+    for (int k = 0; k < ROWS; k++) p[k] = load<W>(x + (n + k < N ? n + k : N - 1) * ld + i);
 }
 
-// out[i] += sum_p part[p, i]. A block has 32 columns, each of its warps an eighth of the parts.
+// out_i = x_i r w_i with r = (mean_j x_j^2 + eps)^(-1/2):
+// dx_i = r (dout_i w_i - x_i r^2 mean_j(dout_j w_j x_j)),  dw_i += sum_n dout_i x_i r.
+// A block is one team of threads or, where rows are short, several. A team takes two rows at once,
+// then others further on, and adds up dw of them, each thread of its own columns. Reads 2 C (3 C to
+// add), and 2 C again from cache; writes C.
+enum { NORM_ROWS = 2 };
+
+template <int W>
+__global__ void __launch_bounds__(BLOCK, 4)
+rmsnorm_backward_kernel(real *dx, float *dw_part, const real *dout, const real *x, const accum *w,
+                        const accum *rstd, size_t N, size_t C, size_t ld_dout, size_t ld_x, int add)
+{
+    SHARED(float, dots, [2][BLOCK / WARP][NORM_ROWS]);
+    DYNAMIC_SHARED(float, part); // [teams, C]
+    int warps = (int)blockDim.x / WARP, team = (int)threadIdx.y, turn = 0; // warps of a team
+    float *sum = part + team * C;
+    size_t first = threadIdx.x * W, strip = blockDim.x * W;
+    for (size_t i = first; i < C; i += strip)
+        for (int j = 0; j < W; j++) sum[i + j] = 0;
+    size_t rows = blockDim.y * NORM_ROWS;
+    for (size_t n0 = blockIdx.x * rows; n0 < N; n0 += gridDim.x * rows, turn ^= 1) {
+        size_t n = n0 + team * NORM_ROWS, end = n < N ? C : 0;
+        Pack<float, NORM_ROWS> dot = {}, r;
+        for (size_t i = first; i < end; i += strip) {
+            Pack<real, W> xi[NORM_ROWS], di[NORM_ROWS];
+            load_rows(xi, x, n, N, ld_x, i);
+            load_rows(di, dout, n, N, ld_dout, i);
+            Pack<accum, W> wi = load<W>(w + i);
+#pragma unroll
+            for (int k = 0; k < NORM_ROWS; k++)
+                for (int j = 0; j < W; j++)
+                    dot.x[k] += (float)di[k].x[j] * wi.x[j] * (float)xi[k].x[j];
+        }
+#pragma unroll
+        for (int k = 0; k < NORM_ROWS; k++) {
+            r.x[k] = n + k < N ? rstd[n + k] : 0;
+            dot.x[k] = warp_sum(dot.x[k]);
+        }
+        if (threadIdx.x % WARP == 0) store(dots[turn][team * warps + threadIdx.x / WARP], dot);
+        __syncthreads();
+        dot = load<NORM_ROWS>(dots[turn][team * warps]);
+        for (int v = 1; v < warps; v++)
+            for (int k = 0; k < NORM_ROWS; k++) dot.x[k] += dots[turn][team * warps + v][k];
+        for (size_t i = first; i < end; i += strip) {
+            Pack<real, W> to[NORM_ROWS];
+            load_rows(to, add ? dx : x, n, N, ld_x, i); // x: of no use
+            Pack<accum, W> wi = load<W>(w + i), s = load<W>(sum + i);
+#pragma unroll
+            for (int k = 0; k < NORM_ROWS && n + k < N; k++) {
+                Pack<real, W> xk = load<W>(x + (n + k) * ld_x + i);
+                Pack<real, W> dk = load<W>(dout + (n + k) * ld_dout + i);
+                float mean = dot.x[k] * r.x[k] * r.x[k] / (float)C;
+                for (int j = 0; j < W; j++) {
+                    float d = (float)dk.x[j], at = (float)xk.x[j];
+                    float dxj = r.x[k] * (d * wi.x[j] - at * mean);
+                    to[k].x[j] = (real)(add ? (float)to[k].x[j] + dxj : dxj);
+                    s.x[j] += d * at * r.x[k];
+                }
+                store(dx + (n + k) * ld_x + i, to[k]);
+            }
+            store(sum + i, s);
+        }
+    }
+    __syncthreads();
+    for (size_t i = team * blockDim.x + threadIdx.x; i < C; i += blockDim.x * blockDim.y) {
+        float all = part[i];
+        for (size_t t = 1; t < blockDim.y; t++) all += part[t * C + i];
+        dw_part[blockIdx.x * C + i] = all;
+    }
+}
+
+// out[i] += sum_p part[p, i]. A block has 32 columns, each of its warps every 32nd part.
 __global__ void add_parts_kernel(float *out, const float *part, size_t parts, size_t n)
 {
-    enum { WARPS = BLOCK / WARP };
-    SHARED(float, sums, [WARPS][WARP]);
+    SHARED(float, sums, [WARP][WARP]);
     size_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, i = blockIdx.x * WARP + lane;
     float sum = 0;
-#pragma unroll 8
-    for (size_t p = warp; p < parts && i < n; p += WARPS) sum += part[p * n + i];
+#pragma unroll 4
+    for (size_t p = warp; p < parts && i < n; p += WARP) sum += part[p * n + i];
     sums[warp][lane] = sum;
     __syncthreads();
     if (warp > 0 || i >= n) return;
-    for (int w = 1; w < WARPS; w++) sum += sums[w][lane];
+    for (int w = 1; w < WARP; w++) sum += sums[w][lane];
     out[i] += sum;
 }
 
@@ -1252,12 +1293,14 @@ static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *
                              enum Mode mode)
 {
     METER(__func__, 0, 3 * N * C * sizeof(real));
-    size_t parts = min_size(N, 528); // four blocks for each multiprocessor of an H100
+    dim3 threads(row_threads(C), BLOCK / row_threads(C));
+    // four blocks for each multiprocessor of an H100
+    size_t parts = min_size(ceil_div(N, threads.y * NORM_ROWS), 528);
     float *part = (float *)scratch(parts * C * sizeof(float));
     RUN_WIDE(C | ld_dout | ld_x, AT(dx) | AT(dout) | AT(x) | AT(w), rmsnorm_backward_kernel,
-             grid_of(parts, 1), row_threads(C), C * sizeof(float), dx, part, dout, x, w, rstd, N,
-             C, ld_dout, ld_x, mode == ADD);
-    RUN_KERNEL(add_parts_kernel, grid_of(C, WARP), BLOCK, 0, dw, part, parts, C);
+             grid_of(parts, 1), threads, threads.y * C * sizeof(float), dx, part, dout, x, w, rstd,
+             N, C, ld_dout, ld_x, mode == ADD);
+    RUN_KERNEL(add_parts_kernel, grid_of(C, WARP), WARP * WARP, 0, dw, part, parts, C);
 }
 
 // act = silu(gate) * up, silu(z) = z sigmoid(z). Reads 2, writes 1.
@@ -1346,70 +1389,75 @@ static void embedding_forward(real *out,        // [N, C]
              out, token, w, C);
 }
 
-// first[n]: whether no token before n is the same. A warp a token.
-__global__ void embedding_first_kernel(int *first, const int *token, size_t N)
-{
-    size_t n = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
-    int lane = (int)threadIdx.x % WARP, mine = n < N ? token[n] : 0;
-    unsigned same = n >= N;
-    for (size_t i = 0; i < n && !same; i += WARP)
-        same = __ballot_sync(~0u, i + lane < n && token[i + lane] == mine);
-    if (lane == 0 && n < N) first[n] = !same;
-}
-
-// out[n] = w[token[n]]: dw[token[n]] += dout[n]. A block has the first n of its token and a strip
-// of columns; each of its warps adds up an eighth of the rows of that token, then the sums are
-// added in order. Reads C a row, adds 4 C bytes a token; the tokens themselves come from L2.
-enum { EMBED_PACKS = 8 }; // of a lane
-
+// out[n] = w[token[n]]: dw[token[n]] += dout[n]. A block has the first n of its token (any other
+// ends at once) and a strip of columns. A token a thread, it lists the rows where its token comes
+// again, and its teams of threads add up each every so many of those, each thread of its own
+// columns; then the sums are added in order. Reads C a row, adds 4 C bytes a token; the tokens
+// themselves come from cache.
 template <int W>
-__global__ void embedding_backward_kernel(accum *dw, const real *dout, const int *token,
-                                          const int *first, size_t N, size_t C)
+__global__ void embedding_backward_kernel(accum *dw, const real *dout, const int *token, int N,
+                                          size_t C)
 {
-    enum { WARPS = BLOCK / WARP };
-    SHARED(float, part, [WARPS][WARP * W]);
-    size_t n = blockIdx.x, strip = (size_t)blockIdx.y * EMBED_PACKS * WARP * W;
-    if (!first[n]) return;
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, mine = token[n];
-    size_t share = ((N - n) / WARPS / WARP + 1) * WARP, begin = n + warp * share;
-    size_t end = begin + share < N ? begin + share : N;
-    float sum[EMBED_PACKS][W] = {};
-    for (size_t i = begin; i < end; i += WARP) {
-        unsigned same = __ballot_sync(~0u, i + lane < end && token[i + lane] == mine);
-        for (; same; same &= same - 1) {
-            size_t row = i + (size_t)__ffs((int)same) - 1;
+    enum { AT_ONCE = 4 }; // rows
+    SHARED(float, part, [BLOCK * W]);
+    SHARED(int, rows, [BLOCK]);
+    SHARED(int, found, [BLOCK / WARP]); // by each warp
+    SHARED(int, last, [1]);
+    int teams = (int)blockDim.y, threads = (int)blockDim.x * teams, team = (int)threadIdx.y;
+    int thread = team * (int)blockDim.x + (int)threadIdx.x, lane = thread % WARP;
+    int n = (int)blockIdx.x, mine = token[n], before = 0, after = 0;
+    size_t col = (blockIdx.y * blockDim.x + threadIdx.x) * W;
+    if (thread == 0) *last = n;
+#pragma unroll 4
+    for (int i = thread; i < n; i += threads) before |= token[i] == mine;
+    if (__syncthreads_or(before)) return;
+#pragma unroll 4
+    for (int i = n + thread; i < N; i += threads)
+        if (token[i] == mine) after = i;
+    if (after > n) atomicMax(last, after);
+    __syncthreads();
+    Pack<float, W> sum = {};
+    for (int i = n + thread; i - thread <= *last; i += threads) {
+        int same = i < N && token[i] == mine, count = __syncthreads_count(same);
+        unsigned lanes = __ballot_sync(~0u, same);
+        int at = __popc(lanes & ((1u << lane) - 1));
+        if (lane == 0) found[thread / WARP] = __popc(lanes);
+        __syncthreads();
+        for (int w = 0; w < thread / WARP; w++) at += found[w];
+        if (same) rows[at] = i;
+        __syncthreads();
+        if (col >= C) count = 0;
+        for (int k = team; k < count; k += AT_ONCE * teams) {
+            Pack<real, W> d[AT_ONCE];
 #pragma unroll
-            for (int p = 0; p < EMBED_PACKS; p++) {
-                size_t col = strip + (size_t)(p * WARP + lane) * W;
-                if (col >= C) continue;
-                Pack<real, W> d = load<W>(dout + row * C + col);
-                for (int j = 0; j < W; j++) sum[p][j] += (float)d.x[j];
+            for (int u = 0; u < AT_ONCE; u++) {
+                int its = k + u * teams < count ? k + u * teams : k;
+                d[u] = load<W>(dout + rows[its] * C + col);
+            }
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; u++) {
+                if (k + u * teams >= count) break;
+                for (int j = 0; j < W; j++) sum.x[j] += (float)d[u].x[j];
             }
         }
     }
-#pragma unroll
-    for (int p = 0; p < EMBED_PACKS; p++, strip += WARP * W) {
-        if (strip >= C) return;
-        __syncthreads(); // the strip before has been added
-        for (int j = 0; j < W; j++) part[warp][lane * W + j] = sum[p][j];
-        __syncthreads();
-        for (size_t i = threadIdx.x; i < WARP * W && strip + i < C; i += BLOCK) {
-            float all = 0;
-            for (int w = 0; w < WARPS; w++) all += part[w][i];
-            dw[(size_t)mine * C + strip + i] += all;
-        }
-    }
+    store(part + thread * W, sum);
+    __syncthreads();
+    if (team > 0 || col >= C) return;
+    accum *to = dw + mine * C + col;
+    Pack<accum, W> all = load<W>(to);
+    for (int t = 0; t < teams; t++)
+        for (int j = 0; j < W; j++) all.x[j] += part[(t * blockDim.x + threadIdx.x) * W + j];
+    store(to, all);
 }
 
 static void embedding_backward(accum *dw, const real *dout, const int *token, size_t N, size_t C)
 {
     METER(__func__, 0, 2 * N * C * sizeof(real));
-    int *first = (int *)scratch(N * sizeof(int));
-    RUN_KERNEL(embedding_first_kernel, grid_of(N, BLOCK / WARP), BLOCK, 0, first, token, N);
-    RUN_WIDE(C, AT(dout), embedding_backward_kernel,
-             dim3((unsigned)N, grid_of(C, EMBED_PACKS * WARP *
-                                              (C % WIDE || AT(dout) % 16 ? 1 : WIDE))), BLOCK,
-             0, dw, dout, token, first, N, C);
+    dim3 threads(row_threads(C), BLOCK / row_threads(C));
+    size_t strip = threads.x * (C % WIDE || (AT(dw) | AT(dout)) % 16 ? 1 : WIDE);
+    RUN_WIDE(C, AT(dw) | AT(dout), embedding_backward_kernel, dim3((unsigned)N, grid_of(C, strip)),
+             threads, 0, dw, dout, token, (int)N, C);
 }
 
 // Rows of a longer sequence that a shorter one keeps: out[b,t] = in[b,t] for t < T.
@@ -1433,27 +1481,42 @@ static void crop_backward(real *din, const real *dout, size_t B, size_t T, size_
 
 // Turns the pair (x_2j, x_2j+1) of a row at position p by the angle p theta_j, whose cosine and
 // sine stand in table[p][2j], table[p][2j+1]; backwards if sign is -1. A row holds `heads` vectors
-// that stand `head` apart. out may be x. A thread a pair; reads and writes it.
+// that stand `head` apart. out may be x. A thread has W numbers, or a pair: reads and writes them,
+// their angles from cache.
+template <int W>
 __global__ void rope_kernel(real *out, const real *x, const int *pos, const accum *table,
                             float sign, size_t N, size_t heads, size_t Dr, size_t ld_out,
                             size_t ld_x, size_t head)
 {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, pairs = Dr / 2;
-    if (i >= N * heads * pairs) return;
-    size_t n = i / (heads * pairs), h = i / pairs % heads, j = i % pairs * 2;
-    const accum *angle = table + (size_t)pos[n] * Dr + j;
-    const real *from = x + n * ld_x + h * head + j;
-    real *to = out + n * ld_out + h * head + j;
-    float even = (float)from[0], odd = (float)from[1], cosine = angle[0], sine = sign * angle[1];
-    to[0] = (real)(even * cosine - odd * sine);
-    to[1] = (real)(even * sine + odd * cosine);
+    enum { PACKS = W > 1 ? 1 : 2 };
+    FOR_PACKS(i, N * heads * Dr / PACKS) {
+        size_t n = i * PACKS / (heads * Dr);
+        unsigned at = (unsigned)(i * PACKS - n * heads * Dr), h = at / (unsigned)Dr;
+        size_t j = at - h * Dr;
+        const accum *angle = table + (size_t)pos[n] * Dr + j;
+        const real *from = x + n * ld_x + h * head + j;
+        real *to = out + n * ld_out + h * head + j;
+        Pack<real, W> v[PACKS];
+        Pack<accum, W> turn[PACKS];
+        for (int p = 0; p < PACKS; p++)
+            v[p] = load<W>(from + p * W), turn[p] = load<W>(angle + p * W);
+        for (int k = 0; k < PACKS * W; k += 2) {
+            real *even = &v[k / W].x[k % W], *odd = &v[(k + 1) / W].x[(k + 1) % W];
+            float a = (float)*even, b = (float)*odd, cosine = turn[k / W].x[k % W];
+            float sine = sign * turn[(k + 1) / W].x[(k + 1) % W];
+            *even = (real)(a * cosine - b * sine);
+            *odd = (real)(a * sine + b * cosine);
+        }
+        for (int p = 0; p < PACKS; p++) store(to + p * W, v[p]);
+    }
 }
 
 static void rope_turn(real *out, const real *x, const int *pos, const accum *table, accum sign,
                       size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
 {
-    RUN_KERNEL(rope_kernel, grid_of(N * heads * (Dr / 2), BLOCK), BLOCK, 0, out, x, pos, table,
-               sign, N, heads, Dr, ld_out, ld_x, head);
+    RUN_WIDE(Dr | ld_out | ld_x | head, AT(out) | AT(x) | AT(table), rope_kernel,
+             grid_of(N * heads * Dr, BLOCK * WIDE), BLOCK, 0, out, x, pos, table, sign, N, heads,
+             Dr, ld_out, ld_x, head);
 }
 
 // Rotary position embedding: out = R(p) x.
@@ -2326,16 +2389,20 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
 }
 
 // Indices of the K largest of n values, in falling order; of equal ones the first. By a warp; taken
-// [n] tells which they are, each lane its own.
+// [n] tells which they are, each lane its own. Of its own a lane looks for the best again when it
+// has been taken.
 __device__ static void top_k(int *index, unsigned char *taken, const float *value, int n, int K)
 {
-    int lane = (int)threadIdx.x % WARP;
+    int lane = (int)threadIdx.x % WARP, mine = -1;
+    float my_value = 0;
+    bool look = true;
     for (int i = lane; i < n; i += WARP) taken[i] = 0;
     for (int k = 0; k < K; k++) {
-        int best = -1;
-        float most = 0;
-        for (int i = lane; i < n; i += WARP)
-            if (!taken[i] && (best < 0 || value[i] > most)) best = i, most = value[i];
+        if (look) mine = -1;
+        for (int i = lane; i < n && look; i += WARP)
+            if (!taken[i] && (mine < 0 || value[i] > my_value)) mine = i, my_value = value[i];
+        int best = mine;
+        float most = my_value;
         for (int d = WARP / 2; d > 0; d /= 2) {
             int other = __shfl_xor_sync(~0u, best, d);
             float its = __shfl_xor_sync(~0u, most, d);
@@ -2344,7 +2411,8 @@ __device__ static void top_k(int *index, unsigned char *taken, const float *valu
         }
         best = __shfl_sync(~0u, best, 0); // with NaNs about lanes might differ
         if (lane == 0) index[k] = best;
-        if (lane == best % WARP) taken[best] = 1;
+        look = lane == best % WARP;
+        if (look) taken[best] = 1;
     }
     __syncwarp();
 }
@@ -2352,17 +2420,21 @@ __device__ static void top_k(int *index, unsigned char *taken, const float *valu
 // Sends each token to K experts ([V3] 12-16). s = sigmoid(x W^T); selection looks at s + bias: a
 // group of experts scores the sum of its two best, KG groups stay, the K best in them are taken.
 // Their weights come from s alone: g_k = s_k / (sum of the selected + 1e-20), if norm, times scale.
-// A warp a token, alone in its block; s holds x W^T at first. Reads and writes 4 E bytes.
-__global__ void router_forward_kernel(accum *s, int *topk, accum *g, const accum *bias, int E,
-                                      int K, int G, int KG, int norm, float scale, int hold)
+// A warp a token; s holds x W^T at first. Reads and writes 4 E bytes.
+__global__ void router_forward_kernel(accum *s, int *topk, accum *g, const accum *bias, size_t N,
+                                      int E, int K, int G, int KG, int norm, float scale, int hold)
 {
-    DYNAMIC_SHARED(float, choice); // [E]
-    float *group_score = choice + E; // [G]
-    int *kept = (int *)(group_score + G); // [KG]
-    unsigned char *taken = (unsigned char *)(kept + KG), *keep = taken + E; // [E], [G]
-    int lane = (int)threadIdx.x, size = E / G;
-    accum *sn = s + (size_t)blockIdx.x * E;
-    int *index = topk + (size_t)blockIdx.x * K;
+    enum { WARPS = BLOCK / WARP };
+    DYNAMIC_SHARED(float, choices); // [WARPS, E + G + KG], then taken [WARPS, E + G]
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, size = E / G;
+    size_t n = (size_t)blockIdx.x * WARPS + warp;
+    if (n >= N) return;
+    float *choice = choices + warp * (E + G + KG), *group_score = choice + E; // [E], [G]
+    int *kept = (int *)(group_score + G);                                     // [KG]
+    unsigned char *taken = (unsigned char *)(choices + WARPS * (E + G + KG)) + warp * (E + G);
+    unsigned char *keep = taken + E; // [G]
+    accum *sn = s + n * E;
+    int *index = topk + n * K;
     for (int e = lane; e < E; e += WARP) {
         sn[e] = sigmoid(sn[e]);
         choice[e] = sn[e] + bias[e];
@@ -2389,7 +2461,7 @@ __global__ void router_forward_kernel(accum *s, int *topk, accum *g, const accum
     for (int k = lane; k < K; k += WARP) sum += sn[index[k]];
     sum = warp_sum(sum) + 1e-20f;
     for (int k = lane; k < K; k += WARP)
-        g[(size_t)blockIdx.x * K + k] = scale * (norm ? sn[index[k]] / sum : sn[index[k]]);
+        g[n * K + k] = scale * (norm ? sn[index[k]] / sum : sn[index[k]]);
 }
 
 static void router_forward(accum *s,          // [N, E] affinities
@@ -2405,22 +2477,25 @@ static void router_forward(accum *s,          // [N, E] affinities
     Rows r = all_rows(N);
     if (are_few(r)) few_rows<false>(s, NULL, NULL, x, w, NULL, r, E, C, SET);
     else gemm(s, E, x, 0, C, w, 1, C, N, E, C, 0);
-    RUN_KERNEL(router_forward_kernel, grid_of(N, 1), WARP,
-               (E + G) * (sizeof(float) + 1) + KG * sizeof(int), s, topk, g, bias, (int)E, (int)K,
-               (int)G, (int)KG, norm, (float)scale, hold_routing);
+    RUN_KERNEL(router_forward_kernel, grid_of(N, BLOCK / WARP), BLOCK,
+               BLOCK / WARP * ((E + G) * (sizeof(float) + 1) + KG * sizeof(int)), s, topk, g, bias,
+               N, (int)E, (int)K, (int)G, (int)KG, norm, (float)scale, hold_routing);
 }
 
 // The selection is a constant. With S = sum of the selected s + 1e-20 and g_k = scale s_k / S:
 //     ds_k += scale / S (dg_k - sum_j dg_j s_j / S);   without norm  ds_k += scale dg_k.
 // s = sigmoid(z), z = x W^T:   dz = ds s (1 - s),  dx += dz W,  dW = dz^T x as mode says.
-// A warp a token, alone in its block; reads 8 E bytes, writes E.
+// A warp a token; reads 8 E bytes, writes E.
 __global__ void router_backward_kernel(real *dz, accum *ds, const accum *dg, const accum *s,
-                                       const int *topk, int E, int K, int norm, float scale)
+                                       const int *topk, size_t N, int E, int K, int norm,
+                                       float scale)
 {
-    const accum *sn = s + (size_t)blockIdx.x * E, *dgn = dg + (size_t)blockIdx.x * K;
-    const int *index = topk + (size_t)blockIdx.x * K;
-    accum *dsn = ds + (size_t)blockIdx.x * E;
-    int lane = (int)threadIdx.x;
+    size_t n = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
+    if (n >= N) return;
+    const accum *sn = s + n * E, *dgn = dg + n * K;
+    const int *index = topk + n * K;
+    accum *dsn = ds + n * E;
+    int lane = (int)threadIdx.x % WARP;
     float sum = 0, dot = 0;
     for (int k = lane; k < K; k += WARP) sum += sn[index[k]], dot += dgn[k] * sn[index[k]];
     sum = warp_sum(sum) + 1e-20f;
@@ -2429,7 +2504,7 @@ __global__ void router_backward_kernel(real *dz, accum *ds, const accum *dg, con
         dsn[index[k]] += scale * (norm ? (dgn[k] - dot) / sum : dgn[k]);
     __syncwarp();
     for (int e = lane; e < E; e += WARP)
-        dz[(size_t)blockIdx.x * E + e] = (real)(dsn[e] * sn[e] * (1 - sn[e]));
+        dz[n * E + e] = (real)(dsn[e] * sn[e] * (1 - sn[e]));
 }
 
 static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, const accum *s,
@@ -2438,8 +2513,8 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
 {
     METER(__func__, 4.0 * N * E * C, (N * (2 * C + 3 * E) + 2 * E * C) * sizeof(real));
     real *dz = (real *)scratch(N * E * sizeof(real)); // [N, E]
-    RUN_KERNEL(router_backward_kernel, grid_of(N, 1), WARP, 0, dz, ds, dg, s, topk, (int)E, (int)K,
-               norm, (float)scale);
+    RUN_KERNEL(router_backward_kernel, grid_of(N, BLOCK / WARP), BLOCK, 0, dz, ds, dg, s, topk, N,
+               (int)E, (int)K, norm, (float)scale);
     matmul_backward_x(dx, dz, w, all_rows(N), E, C, ADD);
     matmul_backward_w(dw, dz, x, all_rows(N), E, C, mode);
 }
@@ -2447,42 +2522,61 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
 // Sequence-wise balance loss ([V3] 17-20), for each sequence
 //     loss = sum_i f_i P_i,  P_i = mean_t s_ti / sum_j s_tj,
 //     f_i = E / (K T) * the number of tokens with i among the K best of s, bias and groups aside.
-// First, a warp a token: the sum of its affinities and its K best.
-__global__ void balance_tokens_kernel(accum *sums, unsigned char *best, int *index, const accum *s,
-                                      int E, int K, int hold)
+// First a block has 16 tokens of a sequence, each of its warps two: what they add to P_i and to the
+// number that f_i is made of. Reads 4 E bytes a token.
+enum { BALANCE_TOKENS = 16 };
+
+__global__ void balance_tokens_kernel(float *share, int *count, const accum *s, int T, int E, int K,
+                                      int hold)
 {
-    const accum *sn = s + (size_t)blockIdx.x * E;
-    float sum = 0;
-    for (int e = (int)threadIdx.x; e < E; e += WARP) sum += sn[e];
-    sum = warp_sum(sum);
-    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
-    if (!hold) top_k(index + (size_t)blockIdx.x * K, best + (size_t)blockIdx.x * E, sn, E, K);
+    enum { WARPS = BLOCK / WARP };
+    DYNAMIC_SHARED(float, P);                                   // [WARPS, E]
+    int *chosen = (int *)(P + WARPS * E);                       // [WARPS, E]
+    int *index = chosen + WARPS * E;                            // [WARPS, K]
+    unsigned char *best = (unsigned char *)(index + WARPS * K); // [WARPS, E]
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    int t = (int)blockIdx.x * BALANCE_TOKENS, end = t + BALANCE_TOKENS < T ? t + BALANCE_TOKENS : T;
+    for (int e = lane; e < E; e += WARP) P[warp * E + e] = 0, chosen[warp * E + e] = 0;
+    for (t += warp; t < end; t += WARPS) {
+        const accum *st = s + ((size_t)blockIdx.y * T + t) * E;
+        float sum = 0;
+        for (int e = lane; e < E; e += WARP) sum += st[e];
+        sum = warp_sum(sum);
+        if (!hold) top_k(index + warp * K, best + warp * E, st, E, K);
+        for (int e = lane; e < E; e += WARP) {
+            P[warp * E + e] += st[e] / sum;
+            if (!hold) chosen[warp * E + e] += best[warp * E + e];
+        }
+    }
+    __syncthreads();
+    for (int e = (int)threadIdx.x; e < E; e += BLOCK) {
+        for (int w = 1; w < WARPS; w++) P[e] += P[w * E + e], chosen[e] += chosen[w * E + e];
+        size_t at = ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * E + e;
+        share[at] = P[e], count[at] = chosen[e];
+    }
 }
 
-// Then a block of 32 warps a sequence: a lane an expert, a warp every 32nd token. Reads 5 E bytes a
-// token.
-__global__ void balance_forward_kernel(accum *loss, accum *f, const accum *sums,
-                                       const unsigned char *best, const accum *s, int T, int E,
-                                       int K, int hold)
+// Then a block of 32 warps a sequence adds up: a lane an expert, a warp every 32nd of the blocks
+// before.
+__global__ void balance_forward_kernel(accum *loss, accum *f, const float *share, const int *count,
+                                       int blocks, int T, int E, int K, int hold)
 {
-    enum { WARPS = 32 };
-    SHARED(float, share, [WARPS][WARP]);
-    SHARED(int, count, [WARPS][WARP]);
+    SHARED(float, shares, [WARP][WARP]);
+    SHARED(int, counts, [WARP][WARP]);
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    size_t n = (size_t)blockIdx.x * T;
     float total = 0;
     for (int e0 = 0; e0 < E; e0 += WARP) {
         int e = e0 + lane, chosen = 0;
         float P = 0;
-        for (int t = warp; t < T && e < E; t += WARPS) {
-            P += s[(n + t) * E + e] / sums[n + t];
-            if (!hold) chosen += best[(n + t) * E + e];
+        for (int b = warp; b < blocks && e < E; b += WARP) {
+            size_t at = ((size_t)blockIdx.x * blocks + b) * E + e;
+            P += share[at], chosen += count[at];
         }
         __syncthreads(); // the experts before have been added up
-        share[warp][lane] = P, count[warp][lane] = chosen;
+        shares[warp][lane] = P, counts[warp][lane] = chosen;
         __syncthreads();
         if (warp > 0 || e >= E) continue;
-        for (int w = 1; w < WARPS; w++) P += share[w][lane], chosen += count[w][lane];
+        for (int w = 1; w < WARP; w++) P += shares[w][lane], chosen += counts[w][lane];
         accum *fe = f + (size_t)blockIdx.x * E + e;
         if (!hold) *fe = (float)chosen * (float)E / ((float)K * (float)T);
         total += *fe * P / (float)T;
@@ -2497,36 +2591,39 @@ static void balance_forward(accum *loss,    // [B]
                             size_t B, size_t T, size_t E, size_t K)
 {
     METER(__func__, 0, B * T * E * sizeof(real));
-    size_t N = B * T;
-    accum *sums = (accum *)scratch(N * (sizeof(accum) + K * sizeof(int) + E)); // [N]
-    int *index = (int *)(sums + N);                                            // [N, K]
-    unsigned char *best = (unsigned char *)(index + N * K);                    // [N, E]
-    RUN_KERNEL(balance_tokens_kernel, grid_of(N, 1), WARP, 0, sums, best, index, s, (int)E, (int)K,
-               hold_routing);
-    RUN_KERNEL(balance_forward_kernel, grid_of(B, 1), 32 * WARP, 0, loss, f, sums, best, s, (int)T,
-               (int)E, (int)K, hold_routing);
+    unsigned blocks = grid_of(T, BALANCE_TOKENS); // of a sequence
+    size_t n = B * blocks * E;
+    float *share = (float *)scratch(n * (sizeof(float) + sizeof(int))); // [B, blocks, E]
+    int *count = (int *)(share + n);                                    // [B, blocks, E]
+    RUN_KERNEL(balance_tokens_kernel, dim3(blocks, (unsigned)B), BLOCK,
+               BLOCK / WARP * (E * (sizeof(float) + sizeof(int) + 1) + K * sizeof(int)), share,
+               count, s, (int)T, (int)E, (int)K, hold_routing);
+    RUN_KERNEL(balance_forward_kernel, grid_of(B, 1), WARP * WARP, 0, loss, f, share, count,
+               (int)blocks, (int)T, (int)E, (int)K, hold_routing);
 }
 
 // loss = sum_i f_i mean_t s_ti / S_t with S_t = sum_j s_tj, f a constant:
 //     ds_ti = dloss / T (f_i / S_t - sum_j f_j s_tj / S_t^2).
-// A warp a token, alone in its block; reads 8 E bytes, writes 4 E.
+// A warp a token; reads 4 E bytes, and as many from cache, writes 4 E.
 __global__ void balance_backward_kernel(accum *ds, float scale, const accum *f, const accum *s,
-                                        int T, int E)
+                                        size_t N, size_t T, int E)
 {
-    const accum *fb = f + (size_t)(blockIdx.x / T) * E, *sn = s + (size_t)blockIdx.x * E;
+    size_t n = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
+    if (n >= N) return;
+    const accum *fb = f + n / T * E, *sn = s + n * E;
+    int lane = (int)threadIdx.x % WARP;
     float sum = 0, dot = 0;
-    for (int e = (int)threadIdx.x; e < E; e += WARP) sum += sn[e], dot += fb[e] * sn[e];
+    for (int e = lane; e < E; e += WARP) sum += sn[e], dot += fb[e] * sn[e];
     sum = warp_sum(sum), dot = warp_sum(dot);
-    for (int e = (int)threadIdx.x; e < E; e += WARP)
-        ds[(size_t)blockIdx.x * E + e] = scale * (fb[e] - dot / sum) / sum;
+    for (int e = lane; e < E; e += WARP) ds[n * E + e] = scale * (fb[e] - dot / sum) / sum;
 }
 
 static void balance_backward(accum *ds, double dloss, const accum *f, const accum *s, size_t B,
                              size_t T, size_t E)
 {
     METER(__func__, 0, 2 * B * T * E * sizeof(real));
-    RUN_KERNEL(balance_backward_kernel, grid_of(B * T, 1), WARP, 0, ds, (float)(dloss / (double)T),
-               f, s, (int)T, (int)E);
+    RUN_KERNEL(balance_backward_kernel, grid_of(B * T, BLOCK / WARP), BLOCK, 0, ds,
+               (float)(dloss / (double)T), f, s, B * T, T, (int)E);
 }
 
 // Sorts the N K choices of experts by expert, tokens in order within one, and copies the tokens
@@ -2716,25 +2813,37 @@ static void combine_backward(real *dout, accum *dg, const real *dy, const real *
 }
 
 // loss[n] = lse[n] - z[n, target[n]] with z = logits / temperature and lse = log sum exp z.
-// A block a row, which it reads twice, the second time mostly from cache.
+// A block a row. A thread keeps the largest logit so far and, relative to it, the sum of exp; it
+// takes four packs at once. Reads V.
 template <int W>
 __global__ void cross_entropy_forward_kernel(accum *loss, accum *lse, const real *logits,
                                              const int *target, float beta, size_t V)
 {
+    enum { PACKS = 4 };
+    const float log2_beta = beta * 1.44269504f;
     const real *z = logits + blockIdx.x * V;
-    float max = -INFINITY, sum = 0;
-    for (size_t v = threadIdx.x * W; v < V; v += blockDim.x * W) {
-        Pack<real, W> zv = load<W>(z + v);
-        for (int j = 0; j < W; j++) max = fmaxf(max, (float)zv.x[j]);
+    float max = -FLT_MAX, sum = 0;
+    for (size_t v = threadIdx.x * W; v < V; v += PACKS * blockDim.x * W) {
+        Pack<real, W> zv[PACKS];
+        float before = max;
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            size_t at = v + p * blockDim.x * W;
+            zv[p] = load<W>(z + (at < V ? at : v));
+            for (int j = 0; j < W; j++) max = fmaxf(max, (float)zv[p].x[j]);
+        }
+        sum *= exp2_approx(log2_beta * (before - max));
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            if (v + p * blockDim.x * W >= V) break;
+            for (int j = 0; j < W; j++)
+                sum += exp2_approx(log2_beta * ((float)zv[p].x[j] - max));
+        }
     }
-    max = block_reduce<true>(max);
-    for (size_t v = threadIdx.x * W; v < V; v += blockDim.x * W) {
-        Pack<real, W> zv = load<W>(z + v);
-        for (int j = 0; j < W; j++) sum += expf(beta * ((float)zv.x[j] - max));
-    }
-    sum = block_reduce<false>(sum);
+    float most = block_reduce<true>(max);
+    sum = block_reduce<false>(sum * exp2_approx(log2_beta * (max - most)));
     if (threadIdx.x > 0) return;
-    float log_sum = beta * max + logf(sum);
+    float log_sum = beta * most + logf(sum);
     lse[blockIdx.x] = log_sum;
     loss[blockIdx.x] = log_sum - beta * (float)z[target[blockIdx.x]];
 }

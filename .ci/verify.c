@@ -442,6 +442,8 @@ static void operations(void)
         rmsnorm(37, 29, 58, 31, (enum Mode)mode);
         rmsnorm(300, 64, 128, 72, (enum Mode)mode);
         rmsnorm(3, 2500, 2500, 2500, (enum Mode)mode);
+        rmsnorm(7, 2568, 2576, 2568, (enum Mode)mode); // longer than a block has packs
+        rmsnorm(8600, 8, 8, 8, (enum Mode)mode); // more than the blocks take at once
         dispatch(1, 1, 1, 1, (enum Mode)mode);
         dispatch(150, 2, 6, 13, (enum Mode)mode);
         dispatch(300, 3, 40, 24, (enum Mode)mode);
@@ -457,9 +459,12 @@ static void operations(void)
     embedding(1, 3, 1);
     embedding(300, 11, 37);
     embedding(100, 400, 264);
+    embedding(700, 60, 1032); // two teams of threads, or one and two strips
+    embedding(40, 9, 2064);
     crop(3, 5, 7, 11);
     rope(37, 3, 6, 11, 40);
     rope(20, 1, 8, 8, 24);
+    rope(90, 5, 16, 24, 128);
     attention(1, 1, 1, 1, 2, 1);
     attention(2, 77, 3, 3, 2, 5);
     attention(1, 64, 2, 8, 4, 8);
@@ -474,9 +479,11 @@ static void operations(void)
     router(30, 24, 100, 9, 1, 1, 1, ADD);
     balance(1, 1, 1, 1);
     balance(3, 50, 37, 5);
+    balance(2, 600, 40, 3);
     cross_entropy(1, 1);
     cross_entropy(37, 257);
     cross_entropy(12, 4096);
+    cross_entropy(3, 19000);
     latent(1, 1, 1, 2, 1, 1, 17);
     latent(5, 3, 8, 4, 6, 40, 17);
     latent(3, 5, 16, 8, 16, 64, 150); // bfloat16: by tensor cores, positions shared out
