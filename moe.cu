@@ -2486,9 +2486,9 @@ static void router_forward(accum *s,          // [N, E] affinities
 //     ds_k += scale / S (dg_k - sum_j dg_j s_j / S);   without norm  ds_k += scale dg_k.
 // s = sigmoid(z), z = x W^T:   dz = ds s (1 - s),  dx += dz W,  dW = dz^T x as mode says.
 // A warp a token; reads 8 E bytes, writes E.
-__global__ void router_backward_kernel(real *dz, accum *ds, const accum *dg, const accum *s,
-                                       const int *topk, size_t N, int E, int K, int norm,
-                                       float scale)
+__global__ void __launch_bounds__(BLOCK, 5)
+router_backward_kernel(real *dz, accum *ds, const accum *dg, const accum *s, const int *topk,
+                       size_t N, int E, int K, int norm, float scale)
 {
     size_t n = (size_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
     if (n >= N) return;
