@@ -1331,6 +1331,14 @@ static void gate_up_forward(real *act,          // [rows, F]
     swiglu_forward(act, gate, up, r.rows * F);
 }
 
+// gate = W_gate x, up = W_up x: dx = dgate W_gate + dup W_up.
+static void gate_up_backward_x(real *dx, const real *dgate, const real *dup, const real *w_gate,
+                               const real *w_up, Rows r, size_t C, size_t F, enum Mode mode)
+{
+    matmul_backward_x(dx, dgate, w_gate, r, F, C, mode);
+    matmul_backward_x(dx, dup, w_up, r, F, C, ADD);
+}
+
 // out[n] = w[token[n]].
 static void embedding_forward(real *out,        // [N, C]
                               const int *token, // [N]
@@ -2232,8 +2240,7 @@ static void mlp_backward(real *dx, accum *dw_gate, accum *dw_up, accum *dw_down,
     // act = silu(gate) up
     swiglu_backward(dgate, dup, dact, gate, up, r.rows * F);
     // gate = W_gate x, up = W_up x
-    matmul_backward_x(dx, dgate, w_gate, r, F, C, mode);
-    matmul_backward_x(dx, dup, w_up, r, F, C, ADD);
+    gate_up_backward_x(dx, dgate, dup, w_gate, w_up, r, C, F, mode);
     matmul_backward_w(dw_gate, dgate, x, r, F, C, dw_mode);
     matmul_backward_w(dw_up, dup, x, r, F, C, dw_mode);
 }

@@ -847,11 +847,18 @@ grouped_weights_kernel(accum *dw, const real *dout, const real *x, const int *of
 // The same on Hopper. Blocks stay and take one tile after the other, of TILE x TILE_N numbers. A
 // ninth warp of each has strips of 64 along k brought to shared memory, some ahead and on into the
 // next tile; two times four warps multiply them from there, 64 rows of the tile each, with the
-// registers of three more warps. Two barriers
-// belong to each place for a strip: the phases of `full` end as a strip has come, those of `empty`
-// as the eight warps are done with it.
+// registers of three more warps. Two barriers belong to each place for a strip: the phases of
+// `full` end as a strip has come, those of `empty` as the eight warps are done with it.
+// More operands make of two products one. GATED: half a tile's columns are of gate = x W_gate^T and
+// half the same of up = x W_up^T, and act = silu(gate) up. SUMMED: the strips of dgate W_gate are
+// followed by those of dup W_up.
 enum { BOX = 64, BOX_SIZE = BOX * BOX, WGMMA_THREADS = 12 * WARP, TILE_N = 256 };
 enum { STRIP = (TILE + TILE_N) * BOX, STRIPS = 4 }; // what shared memory holds of them
+enum Product { PLAIN, GATED, SUMMED };
+
+struct Operands {
+    TensorMap a, b, a2 = {}, b2 = {};
+};
 
 // A tile of c: where it begins in c, a and b, and how many m, n and k there are from there.
 typedef struct {
@@ -859,12 +866,13 @@ typedef struct {
     int a_m, a_k, b_n, b_k, m, n, k;
 } Place;
 
-// The tile of x W^T or dout W or, A_T, of dout^T x. Returns 0 if there are fewer. By a warp.
-template <bool A_T, bool B_T>
+// The tile of x W^T or dout W or, A_T, of dout^T x, WIDTH columns. Returns 0 if there are fewer. By
+// a warp.
+template <bool A_T, bool B_T, int WIDTH>
 __device__ static int place_tile(Place *p, int tile, const int *offsets, int groups, int m, int n,
                                  int k)
 {
-    int across = (n + TILE_N - 1) / TILE_N, col = tile % across * TILE_N, row = 0, e;
+    int across = (n + WIDTH - 1) / WIDTH, col = tile % across * WIDTH, row = 0, e;
     if (A_T) {
         int down = (m + TILE - 1) / TILE;
         e = tile / across / down, row = tile / across % down * TILE;
@@ -932,11 +940,25 @@ __device__ static void store_blocks(Out *c, const float (*acc)[4], int half, int
     else *(uint4 *)(c + at) = {word[0], word[1], word[2], word[3]};
 }
 
-template <bool A_T, bool B_T, typename Out>
-__global__ void __launch_bounds__(WGMMA_THREADS, 1)
-wgmma_kernel(Out *c, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
-             const int *offsets, int groups, int m, int n, int k, int add)
+// The first COLUMNS / 8 blocks of an accumulator, to row `row` of the tile at c and row + 8.
+template <int COLUMNS, typename Out>
+__device__ static void store_tile(Out *c, const float (*acc)[4], int row, const Place &p, size_t ld,
+                                  int add)
 {
+    Out *to = c + p.c + row * ld;
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; j += 8 / sizeof(Out)) {
+        store_blocks(to, acc, 0, j, row < p.m ? p.n : 0, add);
+        store_blocks(to + 8 * ld, acc, 1, j, row + 8 < p.m ? p.n : 0, add);
+    }
+}
+
+template <bool A_T, bool B_T, Product PRODUCT, typename Out>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1)
+wgmma_kernel(Out *c, Out *gate, Out *up, const __grid_constant__ Operands x, const int *offsets,
+             int groups, int m, int n, int k, int add)
+{
+    constexpr int WIDTH = PRODUCT == GATED ? TILE_N / 2 : TILE_N;
     DYNAMIC_SHARED(real, shared); // [STRIPS, STRIP]
     SHARED(uint64_t, full, [STRIPS]);
     SHARED(uint64_t, empty, [STRIPS]);
@@ -954,20 +976,23 @@ wgmma_kernel(Out *c, const __grid_constant__ TensorMap a, const __grid_constant_
         give_registers<40>();
         if (warp > 8) return;
         int cuts = 0;
-        for (; place_tile<A_T, B_T>(&p, tile, offsets, groups, m, n, k); tile += (int)gridDim.x)
-            for (int left = p.k; left > 0; left -= BOX) {
-                int from = p.k - left, tail = A_T && left < BOX; // of k that are rows
-                real *to = shared + at * STRIP;
+        for (; place_tile<A_T, B_T, WIDTH>(&p, tile, offsets, groups, m, n, k); tile += gridDim.x)
+            for (int from = 0, second = 0; from < p.k;) {
+                int tail = A_T && p.k - from < BOX; // of k that are rows
+                real *to = shared + at * STRIP, *bs = to + TILE * BOX;
                 uint64_t *arrives = tail ? &cut : &full[at];
                 mbarrier_wait(&empty[at], round ^ 1);
                 if (lane == 0) {
                     mbarrier_expect(arrives, STRIP * sizeof(real));
-                    load_strip<A_T, TILE>(to, &a, p.a_m, p.a_k + from, arrives);
-                    load_strip<!B_T, TILE_N>(to + TILE * BOX, &b, p.b_n, p.b_k + from, arrives);
+                    load_strip<A_T, TILE>(to, second ? &x.a2 : &x.a, p.a_m, p.a_k + from, arrives);
+                    load_strip<!B_T, TILE_N>(bs, second ? &x.b2 : &x.b, p.b_n, p.b_k + from,
+                                             arrives);
+                    if (PRODUCT == GATED)
+                        tma_load(bs + WIDTH * BOX, &x.b2, p.b_k + from, p.b_n, arrives);
                 }
                 if (tail) { // the rows of the next group have come, too
                     mbarrier_wait(&cut, cuts++ % 2);
-                    for (int i = left * BOX + lane * 8; i < BOX_SIZE; i += WARP * 8)
+                    for (int i = (p.k - from) * BOX + lane * 8; i < BOX_SIZE; i += WARP * 8)
                         for (int j = 0; j < TILE * BOX; j += BOX_SIZE)
                             store<8>(to + i + j, Pack<real, 8>{});
                     wgmma_see_shared();
@@ -975,43 +1000,53 @@ wgmma_kernel(Out *c, const __grid_constant__ TensorMap a, const __grid_constant_
                     if (lane == 0) mbarrier_arrive(&full[at]);
                 }
                 if (++at == STRIPS) at = 0, round ^= 1;
+                from += BOX;
+                if (PRODUCT == SUMMED && !second && from >= p.k) from = 0, second = 1;
             }
     } else {
         take_registers<232>();
         int first = warp / 4 * BOX, row = first + warp % 4 * 16 + lane / 4;
-        for (; place_tile<A_T, B_T>(&p, tile, offsets, groups, m, n, k); tile += (int)gridDim.x) {
+        for (; place_tile<A_T, B_T, WIDTH>(&p, tile, offsets, groups, m, n, k); tile += gridDim.x) {
             float acc[TILE_N / 8][4] = {};
             auto &half = reinterpret_cast<float (&)[TILE_N / 16][4]>(acc);
+            int strips = (p.k + BOX - 1) / BOX * (PRODUCT == SUMMED ? 2 : 1);
             if (p.k == 0 && add) continue; // an expert without tokens
-            for (int left = p.k; left > 0; left -= BOX) {
+            for (; strips > 0; strips--) {
                 const real *as = shared + at * STRIP + first * BOX;
                 const real *bs = shared + at * STRIP + TILE * BOX;
                 mbarrier_wait(&full[at], round);
-                if (p.n > TILE_N / 2) multiply_strip<A_T, B_T>(acc, as, bs);
-                else multiply_strip<A_T, B_T>(half, as, bs);
+                if (!A_T && first >= p.m) ; // nothing of the tile is theirs
+                else if (PRODUCT == GATED || p.n > TILE_N / 2)
+                    multiply_strip<A_T, B_T>(acc, as, bs);
+                else
+                    multiply_strip<A_T, B_T>(half, as, bs);
                 if (lane == 0) mbarrier_arrive(&empty[at]);
                 if (++at == STRIPS) at = 0, round ^= 1;
             }
-            Out *to = c + p.c + (size_t)row * n;
+            if (PRODUCT == GATED) {
+                store_tile<WIDTH>(gate, acc, row, p, n, 0);
+                store_tile<WIDTH>(up, acc + WIDTH / 8, row, p, n, 0);
 #pragma unroll
-            for (int j = 0; j < TILE_N / 8; j += 8 / sizeof(Out)) {
-                store_blocks(to, acc, 0, j, row < p.m ? p.n : 0, add);
-                store_blocks(to + 8 * n, acc, 1, j, row + 8 < p.m ? p.n : 0, add);
+                for (int j = 0; j < WIDTH / 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        acc[j][e] *= sigmoid(acc[j][e]) * acc[j + WIDTH / 8][e];
             }
+            store_tile<WIDTH>(c, acc, row, p, n, add);
         }
     }
 }
 
-template <bool A_T, bool B_T, typename Out>
-static void wgmma_grouped(Out *c, TensorMap a, TensorMap b, Rows r, size_t m, size_t n, size_t k,
-                          int add)
+template <bool A_T, bool B_T, Product PRODUCT = PLAIN, typename Out>
+static void wgmma_grouped(Out *c, Operands x, Rows r, size_t m, size_t n, size_t k, int add,
+                          Out *gate = NULL, Out *up = NULL)
 {
     static int processors;
     if (!processors)
         CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
-    RUN_KERNEL((wgmma_kernel<A_T, B_T, Out>), (unsigned)processors, WGMMA_THREADS,
-               STRIPS * STRIP * sizeof(real), c, a, b, r.offsets, (int)r.groups, (int)m, (int)n,
-               (int)k, add);
+    RUN_KERNEL((wgmma_kernel<A_T, B_T, PRODUCT, Out>), (unsigned)processors, WGMMA_THREADS,
+               STRIPS * STRIP * sizeof(real), c, gate, up, x, r.offsets, (int)r.groups, (int)m,
+               (int)n, (int)k, add);
 }
 #endif // MOE_HOPPER
 
@@ -1096,9 +1131,9 @@ static void matmul_forward(real *out,     // [rows, O], set or added to
     }
 #ifdef MOE_HOPPER
     if ((O | I) % WIDE == 0) {
-        wgmma_grouped<false, true>(out, tensor_map(x, r.rows, I, I, TILE),
-                                        tensor_map(w, r.groups * O, I, I, TILE_N), r, 0, O, I,
-                                        mode == ADD);
+        wgmma_grouped<false, true>(out, {tensor_map(x, r.rows, I, I, TILE),
+                                         tensor_map(w, r.groups * O, I, I, TILE_N)},
+                                   r, 0, O, I, mode == ADD);
         return;
     }
 #endif
@@ -1120,9 +1155,9 @@ static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r,
     }
 #ifdef MOE_HOPPER
     if ((O | I) % WIDE == 0) {
-        wgmma_grouped<false, false>(dx, tensor_map(dout, r.rows, O, O, TILE),
-                                         tensor_map(w, r.groups * O, I, I, BOX), r, 0, I, O,
-                                         mode == ADD);
+        wgmma_grouped<false, false>(dx, {tensor_map(dout, r.rows, O, O, TILE),
+                                         tensor_map(w, r.groups * O, I, I, BOX)},
+                                    r, 0, I, O, mode == ADD);
         return;
     }
 #endif
@@ -1147,9 +1182,9 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
     }
 #ifdef MOE_HOPPER
     if ((O | I) % WIDE == 0) {
-        wgmma_grouped<true, false>(dw, tensor_map(dout, r.rows, O, O, BOX),
-                                        tensor_map(x, r.rows, I, I, BOX), r, O, I, 0,
-                                        mode == ADD);
+        wgmma_grouped<true, false>(dw, {tensor_map(dout, r.rows, O, O, BOX),
+                                        tensor_map(x, r.rows, I, I, BOX)},
+                                   r, O, I, 0, mode == ADD);
         return;
     }
 #endif
@@ -1365,9 +1400,41 @@ static void gate_up_forward(real *act,  // [rows, F]
         few_rows<true>(act, gate, up, x, w_gate, w_up, r, F, C, SET);
         return;
     }
+#ifdef MOE_HOPPER
+    if (r.offsets && (C | F) % WIDE == 0) {
+        METER("experts_forward", 4.0 * r.rows * C * F,
+              (r.rows * (C + 3 * F) + 2 * r.groups * C * F) * sizeof(real));
+        wgmma_grouped<false, true, GATED>(act, {tensor_map(x, r.rows, C, C, TILE),
+                                                tensor_map(w_gate, r.groups * F, C, C, TILE_N / 2),
+                                                {},
+                                                tensor_map(w_up, r.groups * F, C, C, TILE_N / 2)},
+                                          r, 0, F, C, 0, gate, up);
+        return;
+    }
+#endif
     matmul_forward(gate, x, w_gate, r, F, C, SET);
     matmul_forward(up, x, w_up, r, F, C, SET);
     swiglu_forward(act, gate, up, r.rows * F);
+}
+
+// gate = W_gate x, up = W_up x: dx = dgate W_gate + dup W_up.
+static void gate_up_backward_x(real *dx, const real *dgate, const real *dup, const real *w_gate,
+                               const real *w_up, Rows r, size_t C, size_t F, enum Mode mode)
+{
+#ifdef MOE_HOPPER
+    if (r.offsets && (C | F) % WIDE == 0) {
+        METER("experts_backward_x", 4.0 * r.rows * C * F,
+              (r.rows * (C + 2 * F) + 2 * r.groups * C * F) * sizeof(real));
+        wgmma_grouped<false, false, SUMMED>(dx, {tensor_map(dgate, r.rows, F, F, TILE),
+                                                 tensor_map(w_gate, r.groups * F, C, C, BOX),
+                                                 tensor_map(dup, r.rows, F, F, TILE),
+                                                 tensor_map(w_up, r.groups * F, C, C, BOX)},
+                                            r, 0, C, F, mode == ADD);
+        return;
+    }
+#endif
+    matmul_backward_x(dx, dgate, w_gate, r, F, C, mode);
+    matmul_backward_x(dx, dup, w_up, r, F, C, ADD);
 }
 
 // out[n] = w[token[n]]. Reads and writes C a row.

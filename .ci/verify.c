@@ -210,14 +210,16 @@ static void swiglu(size_t n)
     finish();
 }
 
-static void gate_up(size_t N, size_t C, size_t F, const int *offsets, size_t groups)
+static void gate_up(size_t N, size_t C, size_t F, const int *offsets, size_t groups, enum Mode mode)
 {
     if (!begin("gate_up")) return;
     Rows r = {groups > 1 ? ints("offsets", groups + 1, offsets) : NULL, groups, N};
     real *act = reals("act", N * F), *gate = reals("gate", N * F), *up = reals("up", N * F);
     real *x = reals("x", N * C), *w_gate = reals("w_gate", groups * F * C);
-    real *w_up = reals("w_up", groups * F * C);
+    real *w_up = reals("w_up", groups * F * C), *dx = reals("dx", N * C);
+    real *dgate = reals("dgate", N * F), *dup = reals("dup", N * F);
     gate_up_forward(act, gate, up, x, w_gate, w_up, r, C, F);
+    gate_up_backward_x(dx, dgate, dup, w_gate, w_up, r, C, F, mode);
     finish();
 }
 
@@ -438,6 +440,14 @@ static void operations(void)
         matmul(300, 40, 200, cut, 7, (enum Mode)mode);
         matmul(300, 264, 136, cut, 7, (enum Mode)mode);
         matmul(64, 24, 32, even, 3, (enum Mode)mode);
+        gate_up(1, 29, 17, NULL, 1, (enum Mode)mode);
+        gate_up(1, 2600, 24, NULL, 1, (enum Mode)mode);
+        gate_up(9, 29, 17, nine, 7, (enum Mode)mode);
+        gate_up(9, 320, 40, nine, 7, (enum Mode)mode);
+        gate_up(33, 40, 24, NULL, 1, (enum Mode)mode);
+        gate_up(300, 17, 29, cut, 7, (enum Mode)mode);
+        gate_up(300, 72, 136, cut, 7, (enum Mode)mode);
+        gate_up(300, 264, 40, cut, 7, (enum Mode)mode);
         rmsnorm(1, 1, 1, 1, (enum Mode)mode);
         rmsnorm(37, 29, 58, 31, (enum Mode)mode);
         rmsnorm(300, 64, 128, 72, (enum Mode)mode);
@@ -448,11 +458,6 @@ static void operations(void)
         dispatch(150, 2, 6, 13, (enum Mode)mode);
         dispatch(300, 3, 40, 24, (enum Mode)mode);
     }
-    gate_up(1, 29, 17, NULL, 1);
-    gate_up(1, 2600, 24, NULL, 1);
-    gate_up(9, 29, 17, nine, 7);
-    gate_up(9, 320, 40, nine, 7);
-    gate_up(33, 40, 24, NULL, 1);
     swiglu(1);
     swiglu(1003);
     swiglu(4096);
