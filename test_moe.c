@@ -381,6 +381,32 @@ static void test_swiglu_gradient(void)
     }
 }
 
+static void gate_up_op(Op *o)
+{
+    gate_up_forward(o->out, o->saved[0], o->saved[1], o->x[0], o->x[1], o->x[2], op_rows(o),
+                    o->s[1], o->s[2]);
+}
+
+static void test_gate_up_gradient(void)
+{
+    static const size_t size[][3] = {{1, 1, 1}, {12, 5, 3}, {24, 17, 13}}; // rows, C, F
+    for (size_t i = 0; i < 3 * 4; i++) {
+        const size_t *s = size[i / 4], N = s[0], C = s[1], F = s[2], groups = i % 2 ? 5 : 1;
+        Op o = op_make(gate_up_op, s, N * F, N * C, groups * F * C, groups * F * C);
+        real *dgate = reals(N * F), *dup = reals(N * F);
+        o.mode[0] = i / 2 % 2 ? ADD : SET, o.mode[1] = o.mode[2] = SET;
+        o.saved[0] = reals(N * F), o.saved[1] = reals(N * F);
+        if (groups > 1) o.index[0] = (int *)room(6, sizeof(int));
+        for (size_t e = 0; groups > 1 && e < 6; e++) o.index[0][e] = (int)(N * e / 5);
+        gate_up_op(&o);
+        swiglu_backward(dgate, dup, o.dout, o.saved[0], o.saved[1], N * F);
+        gate_up_backward_x(o.dx[0], dgate, dup, o.x[1], o.x[2], op_rows(&o), C, F, o.mode[0]);
+        matmul_backward_w(o.dx[1], dgate, o.x[0], op_rows(&o), F, C, SET);
+        matmul_backward_w(o.dx[2], dup, o.x[0], op_rows(&o), F, C, SET);
+        op_check(&o, label("%zu x %zu x %zu, groups %zu", N, C, F, groups));
+    }
+}
+
 static void embedding_op(Op *o)
 {
     embedding_forward(o->out, o->index[0], o->x[0], o->s[0], o->s[1]);
@@ -4487,7 +4513,7 @@ typedef struct {
 #endif
 static const Test tests[] = {
 #ifdef MOE_DOUBLE
-    TEST(matmul_gradient) TEST(rmsnorm_gradient) TEST(swiglu_gradient)
+    TEST(matmul_gradient) TEST(rmsnorm_gradient) TEST(swiglu_gradient) TEST(gate_up_gradient)
     TEST(embedding_crop_gradient) TEST(rope_gradient) TEST(yarn) TEST(attention_gradient)
     TEST(router_gradient) TEST(balance_gradient) TEST(dispatch_combine_gradient)
     TEST(cross_entropy_gradient) TEST(model_gradient) TEST(model_gradient_routing)
