@@ -2255,7 +2255,7 @@ wgmma_attention_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const ac
     int begin = KEYS ? first : 0, end = KEYS ? s.T : min(first + OWN, s.T);
     lse += (size_t)blockIdx.x * s.T, delta += (size_t)blockIdx.x * s.T;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < PASSES; i++) mbarrier_init(&full[i], 1), mbarrier_init(&empty[i], 8);
+        for (int i = 0; i < PASSES; i++) mbarrier_init(&full[i], WARP), mbarrier_init(&empty[i], 8);
         mbarrier_init(&own, 1);
         mbarrier_init_done();
     }
@@ -2275,8 +2275,10 @@ wgmma_attention_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const ac
                 lse_of[pass][i] = at + i < s.T ? lse[at + i] * 1.44269504f : INFINITY;
                 delta_of[pass][i] = at + i < s.T ? delta[at + i] : 0;
             }
-            __syncwarp();
-            if (lane > 0) continue;
+            if (lane > 0) { // every lane arrives for what it stored
+                mbarrier_arrive(&full[pass]);
+                continue;
+            }
             mbarrier_expect(&full[pass], ROWS * HEAD_SIZES * sizeof(real));
             load_head<ROWS>(xs, xs + ROWS * HEAD_QK, map, h, b * s.T + at, !KEYS, &full[pass]);
         }
