@@ -1094,9 +1094,9 @@ template <bool GATED, typename Out>
 static void few_rows(Out *out, real *gate, real *up, const real *x, const real *w, const real *w_up,
                      Rows r, size_t O, size_t I, enum Mode mode)
 {
-    enum { FILL = 8192 }; // warps: what an H100 has at once
+    enum { AT_ONCE = 8192 }; // warps of an H100
     size_t share = 1;
-    while (share < BLOCK / WARP && r.rows * O * share < FILL) share *= 2;
+    while (share < BLOCK / WARP && r.rows * O * share < AT_ONCE) share *= 2;
     dim3 grid(grid_of(O * share, BLOCK / WARP), (unsigned)r.rows);
 #define FEW_ROWS out, gate, up, x, w, w_up, r.offsets, (int)r.groups, O, I, (int)share, mode == ADD
     if (I % WIDE == 0 && (AT(x) | AT(w) | AT(w_up)) % 16 == 0)
@@ -2747,19 +2747,28 @@ __global__ void sort_place_kernel(int *row, const int *offsets, const int *count
     row[i] = offsets[mine] + count[(size_t)blockIdx.x * E + mine] + rank;
 }
 
-// All of it for up to SORT choices, as decoding has: a choice stands after those of experts before
-// its own, and after earlier ones of its own. One block.
-__global__ void sort_few_kernel(int *offsets, int *row, const int *topk, int n, int E)
+// All of it for up to SORT choices, as decoding has. A block a token, a warp one of its choices at
+// a time: it stands after those of experts before its own, and after earlier ones of its own.
+template <int W>
+__global__ void dispatch_few_kernel(real *xs, int *offsets, int *row, const real *x,
+                                    const int *topk, int n, size_t K, int E, size_t C)
 {
     SHARED(int, expert, [SORT]);
-    int i = (int)threadIdx.x, mine = i < n ? topk[i] : E, rank = 0;
-    expert[i] = mine;
+    size_t token = blockIdx.x, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    for (int i = (int)threadIdx.x; i < n; i += BLOCK) expert[i] = topk[i];
     __syncthreads();
-    for (int j = 0; j < n; j++) rank += expert[j] < mine || (expert[j] == mine && j < i);
-    if (i < n) row[i] = rank;
-    for (int e = i; e <= E; e += SORT) {
+    for (size_t k = warp; k < K; k += BLOCK / WARP) {
+        int me = (int)(token * K + k), mine = expert[me], before = 0;
+        for (int i = (int)lane; i < n; i += WARP)
+            before += expert[i] < mine || (expert[i] == mine && i < me);
+        before = (int)warp_sum((float)before); // exact: there are few
+        if (lane == 0) row[me] = before;
+        for (size_t i = lane * W; i < C; i += WARP * W)
+            store<W>(xs + (size_t)before * C + i, load<W>(x + token * C + i));
+    }
+    for (int e = (int)threadIdx.x; e <= E && token == 0; e += BLOCK) {
         int before = 0;
-        for (int j = 0; j < n; j++) before += expert[j] < e;
+        for (int i = 0; i < n; i++) before += expert[i] < e;
         offsets[e] = before;
     }
 }
@@ -2784,14 +2793,15 @@ static void dispatch_forward(real *xs,        // [N K, C]
     METER(__func__, 0, 2 * N * K * C * sizeof(real));
     unsigned blocks = grid_of(N * K, SORT);
     if (blocks == 1) {
-        RUN_KERNEL(sort_few_kernel, 1, SORT, 0, offsets, row, topk, (int)(N * K), (int)E);
-    } else {
-        int *count = (int *)scratch(blocks * E * sizeof(int)); // [blocks, E]
-        device_zero(count, blocks * E * sizeof(int));
-        RUN_KERNEL(sort_count_kernel, blocks, SORT, 0, count, topk, N * K, (int)E);
-        RUN_KERNEL(sort_scan_kernel, 1, BLOCK, 0, offsets, count, (int)blocks, (int)E);
-        RUN_KERNEL(sort_place_kernel, blocks, SORT, 0, row, offsets, count, topk, N * K, (int)E);
+        RUN_WIDE(C, AT(xs) | AT(x), dispatch_few_kernel, grid_of(N, 1), BLOCK, 0, xs, offsets, row,
+                 x, topk, (int)(N * K), K, (int)E, C);
+        return;
     }
+    int *count = (int *)scratch(blocks * E * sizeof(int)); // [blocks, E]
+    device_zero(count, blocks * E * sizeof(int));
+    RUN_KERNEL(sort_count_kernel, blocks, SORT, 0, count, topk, N * K, (int)E);
+    RUN_KERNEL(sort_scan_kernel, 1, BLOCK, 0, offsets, count, (int)blocks, (int)E);
+    RUN_KERNEL(sort_place_kernel, blocks, SORT, 0, row, offsets, count, topk, N * K, (int)E);
     RUN_WIDE(C, AT(xs) | AT(x), dispatch_forward_kernel, grid_of(N, 1), row_threads(C), 0, xs, x,
              row, K, C);
 }
@@ -3011,12 +3021,13 @@ __global__ void latent_attention_kernel(real *latent, const real *q, const real 
 
 #ifdef MOE_BF16
 // The same by tensor cores. All heads see the same latents, so HEADS of them share what is read.
-// A block has a row, HEADS heads and a share of the positions, which it goes through in tiles, as
-// flash_forward_kernel does; the latents are keys and values both. Blocks [rows and groups of
+// A block has a row, HEADS heads and a share of the positions, which it goes through in tiles of
+// SEEN, as flash_forward_kernel does; the latents are keys and values both. For the scores of a
+// small tile each warp has a part of the width, and the parts are added. Blocks [rows and groups of
 // heads, shares]; NH (4 Rkv + 2 Dr) FLOPs and Rkv + Dr numbers a position.
-enum { HEADS = 16, SEEN = 64 }; // heads of a block, positions of a tile
+enum { HEADS = 16, FILL = 264 }; // blocks: two for each multiprocessor of an H100
 
-template <int RKV, int DR>
+template <int RKV, int DR, int SEEN>
 __global__ void __launch_bounds__(FLASH_THREADS)
 flash_latent_kernel(float *part, // [rows and groups, shares, HEADS, RKV + 2]: sums, largest, total
                     const real *latent, const real *q, const real *c_kv, const real *k_pe,
@@ -3025,11 +3036,13 @@ flash_latent_kernel(float *part, // [rows and groups, shares, HEADS, RKV + 2]: s
 {
     constexpr int WIDTH = RKV + DR, LD = WIDTH + 8, LP = SEEN + 8;
     constexpr int WARPS = FLASH_THREADS / WARP, COLS = RKV / WARPS; // columns of sums a warp has
+    constexpr int ACROSS = SEEN / 16, PARTS = WARPS / ACROSS; // warps along positions, along width
     DYNAMIC_SHARED(real, qs);                             // [HEADS, LD]
     real *ks = qs + HEADS * LD, *ps = ks + SEEN * LD;     // [SEEN, LD], [HEADS, LP]
     SHARED(float, most_of, [WARPS][HEADS]);
+    SHARED(float4, scores, [PARTS == 1 ? 1 : 2 * WARPS][WARP]);
     int groups = (NH + HEADS - 1) / HEADS, row = (int)blockIdx.x / groups;
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, place = warp % ACROSS;
     size_t last = (size_t)pos[row], seen = last + 1 < window ? last + 1 : window;
     size_t oldest = (last + 1 - seen) % capacity, base = (size_t)slot[row] * capacity;
     size_t tiles = (seen + SEEN - 1) / SEEN, end = tiles * (blockIdx.y + 1) / gridDim.y * SEEN;
@@ -3058,19 +3071,32 @@ flash_latent_kernel(float *part, // [rows and groups, shares, HEADS, RKV + 2]: s
         // scores: 16 heads x 16 positions a warp
         float sc[2][4] = {};
 #pragma unroll 4
-        for (int k = 0; k < WIDTH / 16; k++) {
+        for (int k = warp / ACROSS; k < WIDTH / 16; k += PARTS) {
             uint32_t af[4], bf[4];
             fragment_a(af, qs + 16 * k, LD);
-            fragment_b(bf, ks + 16 * warp * LD + 16 * k, LD);
+            fragment_b(bf, ks + 16 * place * LD + 16 * k, LD);
             mma_16x8x16(sc[0], af, bf);
             mma_16x8x16(sc[1], af, bf + 2);
+        }
+        if (PARTS > 1) {
+            for (int i = 0; i < 2; i++)
+                scores[2 * warp + i][lane] = {sc[i][0], sc[i][1], sc[i][2], sc[i][3]};
+            __syncthreads();
+            for (int i = 0; i < 2; i++) {
+                float4 sum = scores[2 * place + i][lane];
+                for (int part = 1; part < PARTS; part++) {
+                    float4 more = scores[2 * (part * ACROSS + place) + i][lane];
+                    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+                }
+                sc[i][0] = sum.x, sc[i][1] = sum.y, sc[i][2] = sum.z, sc[i][3] = sum.w;
+            }
         }
         // softmax: four lanes of each warp share a head
         for (int half = 0; half < 2; half++) {
             float most = -INFINITY;
             for (int e = 0; e < 4; e++) {
                 float *score = &sc[e / 2][2 * half + e % 2];
-                if (at + 16 * warp + e / 2 * 8 + lane % 4 * 2 + e % 2 >= end) *score = -INFINITY;
+                if (at + 16 * place + e / 2 * 8 + lane % 4 * 2 + e % 2 >= end) *score = -INFINITY;
                 most = fmaxf(most, *score);
             }
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
@@ -3080,7 +3106,7 @@ flash_latent_kernel(float *part, // [rows and groups, shares, HEADS, RKV + 2]: s
         __syncthreads();
         for (int half = 0; half < 2; half++) {
             float most = max[half], total = 0;
-            for (int w = 0; w < WARPS; w++) most = fmaxf(most, most_of[w][lane / 4 + half * 8]);
+            for (int w = 0; w < ACROSS; w++) most = fmaxf(most, most_of[w][lane / 4 + half * 8]);
             float shrink = exp2_approx((max[half] - most) * log2_scale);
             for (int e = 0; e < 4; e++) {
                 float *score = &sc[e / 2][2 * half + e % 2];
@@ -3093,7 +3119,7 @@ flash_latent_kernel(float *part, // [rows and groups, shares, HEADS, RKV + 2]: s
                 o[c][2 * half] *= shrink, o[c][2 * half + 1] *= shrink;
         }
         const float one[2] = {1, 1};
-        spill(ps + 16 * warp, LP, sc, one);
+        if (warp < ACROSS) spill(ps + 16 * warp, LP, sc, one);
         __syncthreads(); // all weights are there
 #pragma unroll
         for (int k = 0; k < SEEN / 16; k++) {
@@ -3121,49 +3147,56 @@ flash_latent_kernel(float *part, // [rows and groups, shares, HEADS, RKV + 2]: s
         for (int c = 0; c < COLS / 8; c++)
             for (int e = 0; e < 2; e++)
                 to[warp * COLS + 8 * c + lane % 4 * 2 + e] = o[c][2 * half + e];
-        for (int w = 0; w < WARPS; w++) total += most_of[w][lane / 4 + half * 8];
+        for (int w = 0; w < ACROSS; w++) total += most_of[w][lane / 4 + half * 8];
         if (warp == 0 && lane % 4 == 0) to[RKV] = max[half], to[RKV + 1] = total;
     }
 }
 
-// Merges the shares. A block a row and head.
+// Merges the shares, each as much as its largest score says. A block a row and head.
 template <int RKV>
 __global__ void merge_latent_kernel(real *latent, const float *part, int n, int NH, int Rkv,
                                     int shares, float log2_scale)
 {
+    DYNAMIC_SHARED(float, weight); // [shares]
     int groups = (NH + HEADS - 1) / HEADS, row = (int)blockIdx.x / NH, h = (int)blockIdx.x % NH;
+    int lane = (int)threadIdx.x % WARP;
     size_t step = HEADS * (RKV + 2);
     float max = -INFINITY, total = 0;
     part += ((size_t)row * groups + h / HEADS) * shares * step + h % HEADS * (RKV + 2);
-    for (int s = 0; s < shares; s++) max = fmaxf(max, part[s * step + RKV]);
-    for (int s = 0; s < shares; s++)
-        total += part[s * step + RKV + 1] * exp2_approx((part[s * step + RKV] - max) * log2_scale);
+    for (int s = lane; s < shares; s += WARP) max = fmaxf(max, part[s * step + RKV]);
+    max = warp_max(max);
+    for (int s = lane; s < shares; s += WARP) {
+        float w = exp2_approx((part[s * step + RKV] - max) * log2_scale);
+        total += part[s * step + RKV + 1] * w;
+        if (threadIdx.x < WARP) weight[s] = w;
+    }
+    total = warp_sum(total);
+    __syncthreads();
     for (int j = (int)threadIdx.x; j < Rkv; j += (int)blockDim.x) {
         float sum = 0;
-        for (int s = 0; s < shares; s++)
-            sum += part[s * step + j] * exp2_approx((part[s * step + RKV] - max) * log2_scale);
+#pragma unroll 8
+        for (int s = 0; s < shares; s++) sum += part[s * step + j] * weight[s];
         latent[((size_t)(NH + h) * n + row) * Rkv + j] = (real)(sum / total);
     }
 }
 
-template <int RKV, int DR>
+template <int RKV, int DR, int SEEN>
 static void flash_latent(real *latent, const real *q, const real *c_kv, const real *k_pe,
                          const int *slot, const int *pos, size_t n, size_t NH, size_t Dn, size_t Dr,
                          size_t Rkv, size_t capacity, size_t window, double scale)
 {
-    enum { FILL = 264 }; // blocks: two for each multiprocessor of an H100
     size_t blocks = n * ceil_div(NH, HEADS), shares = FILL / blocks;
     float log2_scale = (float)(scale * 1.4426950408889634); // exp(x) is exp2(x log2 e)
     if (shares > ceil_div(window, SEEN)) shares = ceil_div(window, SEEN);
     if (shares < 1) shares = 1;
     float *part = (float *)scratch(blocks * shares * HEADS * (RKV + 2) * sizeof(float));
-    RUN_KERNEL((flash_latent_kernel<RKV, DR>), dim3((unsigned)blocks, (unsigned)shares),
+    RUN_KERNEL((flash_latent_kernel<RKV, DR, SEEN>), dim3((unsigned)blocks, (unsigned)shares),
                FLASH_THREADS,
                ((HEADS + SEEN) * (RKV + DR + 8) + HEADS * (SEEN + 8)) * sizeof(real), part, latent,
                q, c_kv, k_pe, slot, pos, (int)n, (int)NH, (int)Dn, (int)Dr, (int)Rkv, capacity,
                window, log2_scale);
-    RUN_KERNEL(merge_latent_kernel<RKV>, grid_of(n * NH, 1), 128, 0, latent, part, (int)n, (int)NH,
-               (int)Rkv, (int)shares, log2_scale);
+    RUN_KERNEL(merge_latent_kernel<RKV>, grid_of(n * NH, 1), 128, shares * sizeof(float), latent,
+               part, (int)n, (int)NH, (int)Rkv, (int)shares, log2_scale);
 }
 #endif // MOE_BF16
 
@@ -3186,8 +3219,10 @@ static void latent_attention(real *out,         // [n, NH, Dv]
     int wide = (Rkv | Dr | Dn) % WIDE == 0 && (AT(c_kv) | AT(k_pe) | AT(q) | AT(latent)) % 16 == 0;
     done = wide && Rkv <= 512 && Dr <= 64;
 #define LATENTS latent, q, c_kv, k_pe, slot, pos, n, NH, Dn, Dr, Rkv, capacity, window, scale
-    if (done && Rkv <= 64 && Dr <= 16) flash_latent<64, 16>(LATENTS);
-    else if (done) flash_latent<512, 64>(LATENTS);
+    size_t large = n * ceil_div(NH, HEADS) * ceil_div(window, 64); // tiles: enough for all blocks?
+    if (done && Rkv <= 64 && Dr <= 16) flash_latent<64, 16, 64>(LATENTS);
+    else if (done && large >= FILL / 2) flash_latent<512, 64, 64>(LATENTS);
+    else if (done) flash_latent<512, 64, 16>(LATENTS);
 #endif
     if (!done)
         RUN_KERNEL(latent_attention_kernel, grid_of(n * NH, 1), BLOCK,

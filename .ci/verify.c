@@ -494,7 +494,8 @@ static void operations(void)
     latent(3, 5, 16, 8, 16, 64, 150); // bfloat16: by tensor cores, positions shared out
     latent(300, 2, 8, 16, 8, 48, 150); // not shared out, but in several tiles
     latent(100, 20, 16, 24, 8, 72, 150); // two groups of heads
-    latent(2, 17, 8, 8, 8, 512, 70);
+    latent(2, 17, 8, 8, 8, 512, 70); // small tiles
+    latent(30, 3, 8, 8, 8, 72, 250); // and several of them
     optimizers();
 }
 
