@@ -569,6 +569,7 @@ template <bool MAX> __device__ static float block_reduce(float x)
     return MAX ? warp_max(x) : warp_sum(x);
 }
 
+constexpr float LOG2_E = 1.44269504f; // exp(x) is exp2(x LOG2_E)
 #ifdef __CUDACC__
 __device__ static float exp2_approx(float x) // to 2 ulp
 {
@@ -578,7 +579,11 @@ __device__ static float exp2_approx(float x) // to 2 ulp
 }
 #endif
 
-__device__ static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+// To a few ulp: by the GPU's fast exp2 and reciprocal.
+__device__ static float sigmoid(float x)
+{
+    return __fdividef(1, 1 + exp2_approx(-LOG2_E * x));
+}
 
 // c[m,n] = op(a) op(b) + beta c by cuBLAS, `batch` times; rows of c, a and b are ldc, lda and ldb
 // apart. op(a) is a[m,k], or the transpose of a[k,m] if a_t; likewise b. To cuBLAS, which has its
@@ -1917,7 +1922,7 @@ flash_forward_kernel(real *out, accum *lse, const real *q, const real *kv, const
     Head a = head_of(q, NULL, kv, k_pe, s);
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, row = 16 * warp;
     int first = (int)(gridDim.y - 1 - blockIdx.y) * FLASH, tiles = first / FLASH + 1;
-    float log2_scale = s.scale * 1.44269504f; // exp(x) is exp2(x log2 e)
+    float log2_scale = s.scale * LOG2_E;
     float o[DV / 8][4] = {}, max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     uint32_t qf[DQ / 16][4];
     copy_heads<DQ, DV>(qs, NULL, a, first, FLASH, 0, s);
@@ -1993,7 +1998,7 @@ flash_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *dout, 
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, row = 16 * warp;
     int first = (int)(KEYS ? blockIdx.y : gridDim.y - 1 - blockIdx.y) * FLASH;
     int begin = KEYS ? first : 0, end = KEYS ? s.T : min(first + FLASH, s.T);
-    float log2_scale = s.scale * 1.44269504f;
+    float log2_scale = s.scale * LOG2_E;
     float dx[DQ / 8][4] = {}, dy[KEYS ? DV / 8 : 1][4] = {};
     lse += (size_t)blockIdx.x * s.T, delta += (size_t)blockIdx.x * s.T;
     copy_heads<DQ, DV>(x, y, a, first, FLASH, KEYS, s);
@@ -2038,7 +2043,7 @@ flash_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *dout, 
                 int passing = at + 8 * j + lane % 4 * 2 + e % 2;
                 int t = KEYS ? passing : mine, u = KEYS ? mine : passing;
                 int seen = u <= t && t < s.T, safe = min(t, s.T - 1);
-                float weight = exp2_approx(p[j][e] * log2_scale - lse[safe] * 1.44269504f);
+                float weight = exp2_approx(p[j][e] * log2_scale - lse[safe] * LOG2_E);
                 p[j][e] = seen ? weight : 0;
                 ds[j][e] = seen ? s.scale * weight * (ds[j][e] - delta[safe]) : 0;
             }
@@ -2194,7 +2199,7 @@ wgmma_attention_forward_kernel(real *out, accum *lse, const __grid_constant__ He
     } else {
         take_registers<240>();
         int row = warp / 4 * BOX, mine = row + warp % 4 * 16 + lane / 4;
-        float log2_scale = s.scale * 1.44269504f; // exp(x) is exp2(x log2 e)
+        float log2_scale = s.scale * LOG2_E;
         float o[HEAD_V / 8][4] = {}, sc[ROWS / 8][4];
         float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
         mbarrier_wait(&own, 0);
@@ -2272,7 +2277,7 @@ wgmma_attention_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const ac
             real *xs = tiles + pass * ROWS * HEAD_SIZES;
             mbarrier_wait(&empty[pass], tile / PASSES % 2 ^ 1);
             for (int i = lane; KEYS && i < ROWS; i += WARP) {
-                lse_of[pass][i] = at + i < s.T ? lse[at + i] * 1.44269504f : INFINITY;
+                lse_of[pass][i] = at + i < s.T ? lse[at + i] * LOG2_E : INFINITY;
                 delta_of[pass][i] = at + i < s.T ? delta[at + i] : 0;
             }
             if (lane > 0) { // every lane arrives for what it stored
@@ -2286,11 +2291,11 @@ wgmma_attention_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const ac
         take_registers<240>();
         int row = warp / 4 * BOX, mine = first + row + warp % 4 * 16 + lane / 4;
         int col = lane % 4 * 2;
-        float log2_scale = s.scale * 1.44269504f, dx[HEAD_QK / 8][4] = {}, dy[HEAD_V / 8][4] = {};
+        float log2_scale = s.scale * LOG2_E, dx[HEAD_QK / 8][4] = {}, dy[HEAD_V / 8][4] = {};
         Pack<float, 2> l, d; // lse and delta of both rows or, KEYS, of two that pass by
         for (int half = 0; half < 2 && !KEYS; half++) {
             int t = min(mine + half * 8, s.T - 1);
-            l.x[half] = lse[t] * 1.44269504f, d.x[half] = delta[t];
+            l.x[half] = lse[t] * LOG2_E, d.x[half] = delta[t];
         }
         mbarrier_wait(&own, 0);
         for (int tile = 0, at = begin; at < end; tile++, at += ROWS) {
@@ -2899,7 +2904,7 @@ __global__ void cross_entropy_forward_kernel(accum *loss, accum *lse, const real
                                              const int *target, float beta, size_t V)
 {
     enum { PACKS = 4 };
-    const float log2_beta = beta * 1.44269504f;
+    const float log2_beta = beta * LOG2_E;
     const real *z = logits + blockIdx.x * V;
     float max = -FLT_MAX, sum = 0;
     for (size_t v = threadIdx.x * W; v < V; v += PACKS * blockDim.x * W) {
@@ -3186,7 +3191,7 @@ static void flash_latent(real *latent, const real *q, const real *c_kv, const re
                          size_t Rkv, size_t capacity, size_t window, double scale)
 {
     size_t blocks = n * ceil_div(NH, HEADS), shares = FILL / blocks;
-    float log2_scale = (float)(scale * 1.4426950408889634); // exp(x) is exp2(x log2 e)
+    float log2_scale = (float)scale * LOG2_E;
     if (shares > ceil_div(window, SEEN)) shares = ceil_div(window, SEEN);
     if (shares < 1) shares = 1;
     float *part = (float *)scratch(blocks * shares * HEADS * (RKV + 2) * sizeof(float));
