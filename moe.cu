@@ -373,6 +373,8 @@ static void device_start(void)
     CUDA(cudaStreamCreate(&stream));
     RUN_KERNEL(probe_kernel, 1, 32, 0, 0);
     CUBLAS(cublasCreate(&cublas));
+    // where it shares out a sum, not to add up the parts in bfloat16
+    CUBLAS(cublasSetMathMode(cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     CUDA(cudaMalloc(&memory, CUBLAS_MEMORY)); // it may not allocate what replay_begin records
     CUBLAS(cublasSetStream(cublas, stream));  // forgets the memory
     CUBLAS(cublasSetWorkspace(cublas, memory, CUBLAS_MEMORY));
