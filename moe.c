@@ -67,10 +67,10 @@ A pointer's comment gives its shape, rows first. An operation's outputs come bef
 // ------------------------------------------------------------------------------------------------
 // 1  Numbers and helpers
 
-// real:  weights and activations. accum: gradients of weights, softmax statistics, routing, the
-// weights that are trained. They differ only in moe.cu, where real may be bfloat16. The gradient
-// check runs in double, where central differences are good to 1e-9 and a tolerance of 1e-6 means
-// something.
+// real:  weights, what matrix products read, gradients of activations. accum: what norms read, the
+// residual stream above all; gradients of weights, softmax statistics, routing, the weights that
+// are trained. They differ only in moe.cu, where real may be bfloat16. The gradient check runs in
+// double, where central differences are good to 1e-9 and a tolerance of 1e-6 means something.
 #if defined MOE_DOUBLE
 typedef double real;
 typedef double accum;
@@ -1190,7 +1190,7 @@ static Tile find_tile(size_t i, Rows r, size_t cols)
 }
 
 // out = x W^T for each group e: out[n,o] = sum_i x[n,i] W_e[o,i].
-static void matmul_forward(real *out,     // [rows, O], set or added to
+static void matmul_forward(real *out,     // [rows, O], set or added to; accum if a norm reads it
                            const real *x, // [rows, I]
                            const real *w, // [groups, O, I]
                            Rows r, size_t O, size_t I, enum Mode mode)
@@ -1243,14 +1243,14 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
 // out = x / rms(x) * w over rows of C numbers that stand ld_out and ld_x apart.
 static void rmsnorm_forward(real *out,      // [N, C]
                             accum *rstd,    // [N], 1 / rms
-                            const real *x,  // [N, C]
+                            const accum *x, // [N, C]
                             const accum *w, // [C]
                             size_t N, size_t C, size_t ld_out, size_t ld_x, double eps)
 {
-    METER(__func__, 0, 2 * N * C * sizeof(real));
+    METER(__func__, 0, N * C * (sizeof(accum) + sizeof(real)));
     #pragma omp for
     for (size_t n = 0; n < N; n++) {
-        const real *xn = x + n * ld_x;
+        const accum *xn = x + n * ld_x;
         accum sum = 0;
         #pragma omp simd reduction(+ : sum)
         for (size_t i = 0; i < C; i++) sum += xn[i] * xn[i];
@@ -1262,11 +1262,11 @@ static void rmsnorm_forward(real *out,      // [N, C]
 
 // out_i = x_i r w_i with r = (mean_j x_j^2 + eps)^(-1/2):
 // dx_i = r (dout_i w_i - x_i r^2 mean_j(dout_j w_j x_j)),  dw_i += sum_n dout_i x_i r.
-static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *x, const accum *w,
+static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const accum *x, const accum *w,
                              const accum *rstd, size_t N, size_t C, size_t ld_dout, size_t ld_x,
                              enum Mode mode)
 {
-    METER(__func__, 0, 3 * N * C * sizeof(real));
+    METER(__func__, 0, N * C * (sizeof(accum) + 2 * sizeof(real)));
     enum { ROWS = 64 }; // whose dw is summed apart, so that nobody shares a sum
     size_t parts = ceil_div(N, ROWS);
     accum *part = team_scratch(parts * C);
@@ -1275,7 +1275,8 @@ static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *
         accum *dw_k = part + k * C;
         memset(dw_k, 0, C * sizeof(accum));
         for (size_t n = k * ROWS; n < min_size(N, (k + 1) * ROWS); n++) {
-            const real *xn = x + n * ld_x, *dn = dout + n * ld_dout;
+            const accum *xn = x + n * ld_x;
+            const real *dn = dout + n * ld_dout;
             real *dxn = dx + n * ld_x;
             accum dot = 0, r = rstd[n];
             #pragma omp simd reduction(+ : dot)
@@ -1340,12 +1341,12 @@ static void gate_up_backward_x(real *dx, const real *dgate, const real *dup, con
 }
 
 // out[n] = w[token[n]].
-static void embedding_forward(real *out,        // [N, C]
+static void embedding_forward(accum *out,       // [N, C]
                               const int *token, // [N]
                               const real *w,    // [V, C]
                               size_t N, size_t C)
 {
-    METER(__func__, 0, 2 * N * C * sizeof(real));
+    METER(__func__, 0, N * C * (sizeof(real) + sizeof(accum)));
     #pragma omp for
     for (size_t n = 0; n < N; n++)
         memcpy(out + n * C, w + (size_t)token[n] * C, C * sizeof(real));
@@ -1365,7 +1366,7 @@ static void embedding_backward(accum *dw, const real *dout, const int *token, si
 }
 
 // Rows of a longer sequence that a shorter one keeps: out[b,t] = in[b,t] for t < T.
-static void crop_forward(real *out,      // [B, T, C]
+static void crop_forward(accum *out,     // [B, T, C]
                          const real *in, // [B, Tin, C], Tin >= T
                          size_t B, size_t T, size_t Tin, size_t C)
 {
@@ -1406,7 +1407,7 @@ static void rope_turn(real *out, const real *x, const int *pos, const accum *tab
 
 // Rotary position embedding: out = R(p) x.
 static void rope_forward(real *out,          // [N, heads, Dr], rows ld_out apart
-                         const real *x,      // [N, heads, Dr], rows ld_x apart
+                         const real *x,      // [N, heads, Dr], rows ld_x apart; accum in kv_a
                          const int *pos,     // [N]
                          const accum *table, // [Tmax, Dr]
                          size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
@@ -1716,13 +1717,13 @@ static void dispatch_backward(real *dx, const real *dxs, const int *row, size_t 
 }
 
 // y[n] += sum_k g[n,k] out[row[n,k]].
-static void combine_forward(real *y,         // [N, C], added to
+static void combine_forward(accum *y,        // [N, C], added to
                             const real *out, // [N K, C]
                             const accum *g,  // [N, K]
                             const int *row,  // [N, K]
                             size_t N, size_t K, size_t C)
 {
-    METER(__func__, 0, N * (K + 2) * C * sizeof(real));
+    METER(__func__, 0, N * C * (K * sizeof(real) + 2 * sizeof(accum)));
     #pragma omp for
     for (size_t n = 0; n < N; n++)
         for (size_t k = 0; k < K; k++) {
@@ -1957,39 +1958,45 @@ static void model_init(Model *m, uint64_t seed)
 
 // Everything a layer computes, once: type, field, which layers have it, whether its value, its
 // gradient or both are kept, rows, columns. N rows are N tokens; routed experts see K of each.
+// What norms read is accum and its gradient real, so that this has a field of its own.
 enum { ALL = 1, FIRST = 2, LAST = 4, DENSE = 8, MOE = 16, MTP = 32 }; // sets of layers
 enum { VALUE = 1, GRADIENT = 2, BOTH = 3 };
 
 #define LAYER_ACTS(X) \
-    X(real,  e,       MTP,   BOTH,  N, c->C)                   /* embedding of the token ahead */ \
-    X(real,  h_prev,  MTP,   BOTH,  N, c->C)                   /* what the previous head saw */ \
+    X(accum, e,       MTP,   VALUE, N, c->C)                   /* embedding of the token ahead */ \
+    X(real,  de,      MTP,   GRADIENT, N, c->C) \
+    X(accum, h_prev,  MTP,   VALUE, N, c->C)                   /* what the previous head saw */ \
+    X(real,  dh_prev, MTP,   GRADIENT, N, c->C) \
     X(real,  z,       MTP,   BOTH,  N, 2 * c->C)               /* [enorm(e); hnorm(h_prev)] */ \
-    X(accum, rstd_e, MTP,   VALUE, N, 1)                      /* 1 / rms of e, and so on */ \
+    X(accum, rstd_e,  MTP,   VALUE, N, 1)                      /* 1 / rms of e, and so on */ \
     X(accum, rstd_hp, MTP,   VALUE, N, 1) \
-    X(real,  x,       FIRST | MTP, BOTH, N, c->C)              /* input of the block */ \
+    X(accum, x,       FIRST | MTP, VALUE, N, c->C)             /* input of the block */ \
+    X(real,  dx,      ALL,   GRADIENT, N, c->C)                /* of the stream x, h, y */ \
     X(real,  xn,      ALL,   BOTH,  N, c->C)                   /* its norm, seen by attention */ \
-    X(accum, rstd_x, ALL,   VALUE, N, 1) \
-    X(real,  q_a,     ALL,   BOTH,  N, c->Rq)                  /* query latent */ \
+    X(accum, rstd_x,  ALL,   VALUE, N, 1) \
+    X(accum, q_a,     ALL,   VALUE, N, c->Rq)                  /* query latent */ \
+    X(real,  dq_a,    ALL,   GRADIENT, N, c->Rq) \
     X(real,  c_q,     ALL,   BOTH,  N, c->Rq)                  /* its norm */ \
-    X(accum, rstd_q, ALL,   VALUE, N, 1) \
+    X(accum, rstd_q,  ALL,   VALUE, N, 1) \
     X(real,  q,       ALL,   BOTH,  N, c->NH * (c->Dn + c->Dr)) /* queries, q_pe rotated */ \
-    X(real,  kv_a,    ALL,   BOTH,  N, c->Rkv + c->Dr)         /* key-value latent, k_pe */ \
+    X(accum, kv_a,    ALL,   VALUE, N, c->Rkv + c->Dr)         /* key-value latent, k_pe */ \
+    X(real,  dkv_a,   ALL,   GRADIENT, N, c->Rkv + c->Dr) \
     X(real,  c_kv,    ALL,   BOTH,  N, c->Rkv)                 /* the latent's norm */ \
     X(accum, rstd_kv, ALL,   VALUE, N, 1) \
     X(real,  k_pe,    ALL,   BOTH,  N, c->Dr)                  /* rotated */ \
     X(real,  k_pe_heads, ALL, GRADIENT, N, c->NH * c->Dr)      /* of k_pe, from each head */ \
     X(real,  kv,      ALL,   BOTH,  N, c->NH * (c->Dn + c->Dv)) /* k_nope and v of each head */ \
     X(real,  o,       ALL,   BOTH,  N, c->NH * c->Dv)          /* output of the heads */ \
-    X(accum, lse,    ALL,   VALUE, N, c->NH)                  /* of attention's softmax */ \
-    X(real,  h,       ALL,   VALUE, N, c->C)                   /* x + attention */ \
+    X(accum, lse,     ALL,   VALUE, N, c->NH)                  /* of attention's softmax */ \
+    X(accum, h,       ALL,   VALUE, N, c->C)                   /* x + attention */ \
     X(real,  hn,      ALL,   BOTH,  N, c->C)                   /* its norm, seen by the MLPs */ \
-    X(accum, rstd_h, ALL,   VALUE, N, 1) \
+    X(accum, rstd_h,  ALL,   VALUE, N, 1) \
     X(real,  gate,    DENSE, BOTH,  N, c->F)                   /* dense MLP */ \
     X(real,  up,      DENSE, BOTH,  N, c->F) \
     X(real,  act,     DENSE, BOTH,  N, c->F) \
-    X(accum, s,      MOE,   BOTH,  N, c->E)                   /* affinities */ \
+    X(accum, s,       MOE,   BOTH,  N, c->E)                   /* affinities */ \
     X(int,   topk,    MOE,   VALUE, N, c->K)                   /* experts taken */ \
-    X(accum, g,      MOE,   BOTH,  N, c->K)                   /* their weights */ \
+    X(accum, g,       MOE,   BOTH,  N, c->K)                   /* their weights */ \
     X(int,   row,     MOE,   VALUE, N, c->K)                   /* where dispatch put the token */ \
     X(int,   offsets, MOE,   VALUE, 1, c->E + 1)               /* of each expert's rows */ \
     X(real,  xs,      MOE,   BOTH,  N * c->K, c->C)            /* tokens sorted by expert */ \
@@ -2001,13 +2008,13 @@ enum { VALUE = 1, GRADIENT = 2, BOTH = 3 };
     X(real,  s_up,    MOE,   BOTH,  N, c->S * c->Fe) \
     X(real,  s_act,   MOE,   BOTH,  N, c->S * c->Fe) \
     X(accum, balance, MOE,   VALUE, N, 1)                      /* loss of each sequence */ \
-    X(accum, f,      MOE,   VALUE, N, c->E)                   /* loads in each sequence */ \
-    X(real,  y,       ALL,   VALUE, N, c->C)                   /* output of the block */ \
+    X(accum, f,       MOE,   VALUE, N, c->E)                   /* loads in each sequence */ \
+    X(accum, y,       ALL,   VALUE, N, c->C)                   /* output of the block */ \
     X(real,  out,     LAST | MTP, BOTH, N, c->C)               /* its norm, seen by the head */ \
-    X(accum, rstd_y, LAST | MTP, VALUE, N, 1) \
+    X(accum, rstd_y,  LAST | MTP, VALUE, N, 1) \
     X(real,  logits,  LAST | MTP, BOTH, N, c->V) \
-    X(accum, lse_v,  LAST | MTP, VALUE, N, 1)                 /* of the head's softmax */ \
-    X(accum, loss,   LAST | MTP, VALUE, N, 1)
+    X(accum, lse_v,   LAST | MTP, VALUE, N, 1)                 /* of the head's softmax */ \
+    X(accum, loss,    LAST | MTP, VALUE, N, 1)
 
 #define ACT_FIELD(type, field, ...) type *field;
 typedef struct { LAYER_ACTS(ACT_FIELD) } LayerActs;
@@ -2016,6 +2023,7 @@ typedef struct { LAYER_ACTS(ACT_FIELD) } LayerActs;
 typedef struct {
     char *base;
     size_t used;
+    size_t reals; // of what layers compute, the numbers that are real; the others have 4 bytes
 } Arena;
 
 static void *arena_take(Arena *a, size_t count, size_t size)
@@ -2036,8 +2044,12 @@ static void layer_acts_bind(Arena *arena, LayerActs *a, const Config *c, int set
                             size_t N)
 {
 #define BIND_ACT(type, field, sets, kept, rows, cols) \
-    a->field = (set & (sets)) && (what & (kept)) \
-        ? (type *)arena_take(arena, size_mul((size_t)(rows), (size_t)(cols)), sizeof(type)) : NULL;
+    a->field = NULL; \
+    if ((set & (sets)) && (what & (kept))) { \
+        size_t n = size_mul((size_t)(rows), (size_t)(cols)); \
+        a->field = (type *)arena_take(arena, n, sizeof(type)); \
+        if (!strcmp(#type, "real")) arena->reals += n; \
+    }
     LAYER_ACTS(BIND_ACT)
 }
 
@@ -2058,7 +2070,7 @@ typedef struct {
     size_t B, T;
     Arena arena;
     LayerActs *layer;     // [L + depths]
-    LayerActs d;          // gradients, of one layer at a time; d.x is the residual stream's
+    LayerActs d;          // gradients, of one layer at a time
     Batch *batch;         // [1 + depths]
     accum *rope;          // [T, Dr]
     double temperature, alpha, mtp_weight; // of the loss: 1, and the configuration's
@@ -2106,7 +2118,7 @@ static double attention_scale(const Config *c)
 
 static void acts_bind(Acts *a, const Config *c)
 {
-    a->arena.used = 0;
+    a->arena.used = a->arena.reals = 0;
     int every_set = 0;
     for (size_t l = 0; l < c->L + a->depths; l++) every_set |= layer_set(c, l);
     for (size_t l = 0; l < c->L + a->depths; l++) {
@@ -2219,14 +2231,6 @@ static void acts_load(Acts *a, const int *tokens) // [B, T + 1], host memory
 }
 
 // SwiGLU network: out = W_down (silu(W_gate x) * W_up x), for one network or one per expert.
-static void mlp_forward(real *out, real *gate, real *up, real *act, const real *x,
-                        const real *w_gate, const real *w_up, const real *w_down, Rows r,
-                        size_t C, size_t F, enum Mode mode)
-{
-    gate_up_forward(act, gate, up, x, w_gate, w_up, r, C, F);
-    matmul_forward(out, act, w_down, r, C, F, mode);
-}
-
 // mode: of dx, dw_mode: of the weights' gradients.
 static void mlp_backward(real *dx, accum *dw_gate, accum *dw_up, accum *dw_down, real *dgate,
                          real *dup, real *dact, const real *dout, const real *gate,
@@ -2277,7 +2281,7 @@ static void mla_forward(LayerActs *a, const LayerWeights *w, const Config *c, co
     matmul_forward(a->kv, a->c_kv, w->wkv_b, all_rows(N), NH * (Dn + Dv), Rkv, SET);
     attention_forward(a->o, a->lse, a->q, a->kv, a->k_pe, b->B, b->T, NH, Dn, Dr, Dv,
                       attention_scale(c));
-    device_copy(a->h, a->x, N * C * sizeof(real));
+    device_copy(a->h, a->x, N * C * sizeof(accum));
     matmul_forward(a->h, a->o, w->wo, all_rows(N), C, NH * Dv, ADD);
 }
 
@@ -2288,9 +2292,9 @@ static void mla_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
     size_t Rkv = c->Rkv, Dn = c->Dn, Dr = c->Dr, Dv = c->Dv;
     size_t Dq = Dn + Dr;
     Rows r = all_rows(N);
-    // h = x + W_o o; d->x holds dh and, with what the norm will add, becomes dx
-    matmul_backward_x(d->o, d->x, w->wo, r, C, NH * Dv, SET);
-    matmul_backward_w(dw->wo, d->x, a->o, r, C, NH * Dv, mode);
+    // h = x + W_o o; d->dx holds dh and, with what the norm will add, becomes dx
+    matmul_backward_x(d->o, d->dx, w->wo, r, C, NH * Dv, SET);
+    matmul_backward_w(dw->wo, d->dx, a->o, r, C, NH * Dv, mode);
     // o = attention(q, kv, k_pe)
     attention_backward(d->q, d->kv, d->k_pe, d->k_pe_heads, d->o, a->o, a->lse, a->q, a->kv,
                        a->k_pe, b->B, b->T, NH, Dn, Dr, Dv, attention_scale(c));
@@ -2298,20 +2302,20 @@ static void mla_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
     matmul_backward_x(d->c_kv, d->kv, w->wkv_b, r, NH * (Dn + Dv), Rkv, SET);
     matmul_backward_w(dw->wkv_b, d->kv, a->c_kv, r, NH * (Dn + Dv), Rkv, mode);
     // [c_kv; k_pe] = [norm(latent); R k_pe], both from kv_a = W_kv_a xn
-    rope_backward(d->kv_a + Rkv, d->k_pe, b->pos, rope, N, 1, Dr, Rkv + Dr, Dr, Dr);
-    rmsnorm_backward(d->kv_a, dw->kv_norm, d->c_kv, a->kv_a, w->kv_norm, a->rstd_kv, N, Rkv, Rkv,
+    rope_backward(d->dkv_a + Rkv, d->k_pe, b->pos, rope, N, 1, Dr, Rkv + Dr, Dr, Dr);
+    rmsnorm_backward(d->dkv_a, dw->kv_norm, d->c_kv, a->kv_a, w->kv_norm, a->rstd_kv, N, Rkv, Rkv,
                      Rkv + Dr, SET);
-    matmul_backward_x(d->xn, d->kv_a, w->wkv_a, r, Rkv + Dr, C, SET);
-    matmul_backward_w(dw->wkv_a, d->kv_a, a->xn, r, Rkv + Dr, C, mode);
+    matmul_backward_x(d->xn, d->dkv_a, w->wkv_a, r, Rkv + Dr, C, SET);
+    matmul_backward_w(dw->wkv_a, d->dkv_a, a->xn, r, Rkv + Dr, C, mode);
     // q = R (W_q_b norm(W_q_a xn)), or R (W_q xn)
     rope_backward(d->q + Dn, d->q + Dn, b->pos, rope, N, NH, Dr, NH * Dq, NH * Dq, Dq);
     if (Rq) {
         matmul_backward_x(d->c_q, d->q, w->wq_b, r, NH * Dq, Rq, SET);
         matmul_backward_w(dw->wq_b, d->q, a->c_q, r, NH * Dq, Rq, mode);
-        rmsnorm_backward(d->q_a, dw->q_norm, d->c_q, a->q_a, w->q_norm, a->rstd_q, N, Rq, Rq, Rq,
+        rmsnorm_backward(d->dq_a, dw->q_norm, d->c_q, a->q_a, w->q_norm, a->rstd_q, N, Rq, Rq, Rq,
                          SET);
-        matmul_backward_x(d->xn, d->q_a, w->wq_a, r, Rq, C, ADD);
-        matmul_backward_w(dw->wq_a, d->q_a, a->xn, r, Rq, C, mode);
+        matmul_backward_x(d->xn, d->dq_a, w->wq_a, r, Rq, C, ADD);
+        matmul_backward_w(dw->wq_a, d->dq_a, a->xn, r, Rq, C, mode);
     } else {
         matmul_backward_x(d->xn, d->q, w->wq, r, NH * Dq, C, ADD);
         matmul_backward_w(dw->wq, d->q, a->xn, r, NH * Dq, C, mode);
@@ -2322,25 +2326,25 @@ static void mla_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
 static void ffn_forward(LayerActs *a, const LayerWeights *w, const Config *c, size_t N)
 {
     size_t C = c->C, E = c->E, K = c->K, Fe = c->Fe;
-    if (a->y != a->h) device_copy(a->y, a->h, N * C * sizeof(real)); // one in decoding
+    Rows all = all_rows(N), experts = {a->offsets, E, N * K};
+    if (a->y != a->h) device_copy(a->y, a->h, N * C * sizeof(accum)); // one in decoding
     if (!w->w_router) {
-        mlp_forward(a->y, a->gate, a->up, a->act, a->hn, w->w_gate, w->w_up, w->w_down,
-                    all_rows(N), C, c->F, ADD);
+        gate_up_forward(a->act, a->gate, a->up, a->hn, w->w_gate, w->w_up, all, C, c->F);
+        matmul_forward(a->y, a->act, w->w_down, all, C, c->F, ADD);
         return;
     }
-    Rows experts = {a->offsets, E, N * K};
     router_forward(a->s, a->topk, a->g, a->hn, w->w_router, w->router_bias, N, C, E, K,
                    c->G, c->KG, c->norm_topk, c->route_scale);
     dispatch_forward(a->xs, a->offsets, a->row, a->hn, a->topk, N, K, E, C);
-    mlp_forward(a->e_out, a->e_gate, a->e_up, a->e_act, a->xs, w->e_gate, w->e_up, w->e_down,
-                experts, C, Fe, SET);
+    gate_up_forward(a->e_act, a->e_gate, a->e_up, a->xs, w->e_gate, w->e_up, experts, C, Fe);
+    matmul_forward(a->e_out, a->e_act, w->e_down, experts, C, Fe, SET);
     combine_forward(a->y, a->e_out, a->g, a->row, N, K, C);
-    if (c->S)
-        mlp_forward(a->y, a->s_gate, a->s_up, a->s_act, a->hn, w->s_gate, w->s_up, w->s_down,
-                    all_rows(N), C, c->S * Fe, ADD);
+    if (!c->S) return;
+    gate_up_forward(a->s_act, a->s_gate, a->s_up, a->hn, w->s_gate, w->s_up, all, C, c->S * Fe);
+    matmul_forward(a->y, a->s_act, w->s_down, all, C, c->S * Fe, ADD);
 }
 
-// d->x holds dy, which is dh too but for what flows through hn. dbalance: of each sequence's
+// d->dx holds dy, which is dh too but for what flows through hn. dbalance: of each sequence's
 // balance loss.
 static void ffn_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const LayerWeights *w,
                          const Config *c, const Batch *b, double dbalance, enum Mode mode)
@@ -2349,14 +2353,14 @@ static void ffn_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
     size_t Fe = c->Fe;
     if (!w->w_router) {
         // y = h + mlp(hn)
-        mlp_backward(d->hn, dw->w_gate, dw->w_up, dw->w_down, d->gate, d->up, d->act, d->x,
+        mlp_backward(d->hn, dw->w_gate, dw->w_up, dw->w_down, d->gate, d->up, d->act, d->dx,
                      a->gate, a->up, a->act, a->hn, w->w_gate, w->w_up, w->w_down, all_rows(N), C,
                      c->F, SET, mode);
         return;
     }
     Rows experts = {a->offsets, E, N * K};
     // y += sum_k g_k e_out
-    combine_backward(d->e_out, d->g, d->x, a->e_out, a->g, a->row, N, K, C);
+    combine_backward(d->e_out, d->g, d->dx, a->e_out, a->g, a->row, N, K, C);
     // e_out = experts(xs)
     mlp_backward(d->xs, dw->e_gate, dw->e_up, dw->e_down, d->e_gate, d->e_up, d->e_act, d->e_out,
                  a->e_gate, a->e_up, a->e_act, a->xs, w->e_gate, w->e_up, w->e_down, experts, C,
@@ -2369,7 +2373,7 @@ static void ffn_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
                     K, c->norm_topk, c->route_scale, mode);
     // y += shared(hn)
     if (c->S)
-        mlp_backward(d->hn, dw->s_gate, dw->s_up, dw->s_down, d->s_gate, d->s_up, d->s_act, d->x,
+        mlp_backward(d->hn, dw->s_gate, dw->s_up, dw->s_down, d->s_gate, d->s_up, d->s_act, d->dx,
                      a->s_gate, a->s_up, a->s_act, a->hn, w->s_gate, w->s_up, w->s_down,
                      all_rows(N), C, c->S * Fe, ADD, mode);
 }
@@ -2387,7 +2391,7 @@ static void block_forward(LayerActs *a, const LayerWeights *w, const Config *c, 
         balance_forward(a->balance, a->f, a->s, b->B, b->T, c->E, c->K);
 }
 
-// In: d->x = dy. Out: d->x = dx. mode: of the matrices' gradients.
+// In: d->dx = dy. Out: d->dx = dx. mode: of the matrices' gradients.
 static void block_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a,
                            const LayerWeights *w, const Config *c, const Batch *b,
                            const accum *rope, double dbalance, enum Mode mode)
@@ -2395,10 +2399,10 @@ static void block_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a,
     size_t N = b->B * b->T, C = c->C;
     // y = h + FFN(norm(h))
     ffn_backward(d, dw, a, w, c, b, dbalance, mode);
-    rmsnorm_backward(d->x, dw->ffn_norm, d->hn, a->h, w->ffn_norm, a->rstd_h, N, C, C, C, ADD);
+    rmsnorm_backward(d->dx, dw->ffn_norm, d->hn, a->h, w->ffn_norm, a->rstd_h, N, C, C, C, ADD);
     // h = x + MLA(norm(x))
     mla_backward(d, dw, a, w, c, b, rope, mode);
-    rmsnorm_backward(d->x, dw->attn_norm, d->xn, a->x, w->attn_norm, a->rstd_x, N, C, C, C, ADD);
+    rmsnorm_backward(d->dx, dw->attn_norm, d->xn, a->x, w->attn_norm, a->rstd_x, N, C, C, C, ADD);
 }
 
 // Depth k of multi-token prediction joins what the previous head saw with the embedding of the
@@ -2418,14 +2422,14 @@ static void mtp_backward(LayerActs *d, LayerGrads *dw, accum *dembed, const Laye
                          enum Mode mode)
 {
     // x = W_eh z
-    matmul_backward_x(d->z, d->x, w->w_eh, all_rows(N), C, 2 * C, SET);
-    matmul_backward_w(dw->w_eh, d->x, a->z, all_rows(N), C, 2 * C, mode);
+    matmul_backward_x(d->z, d->dx, w->w_eh, all_rows(N), C, 2 * C, SET);
+    matmul_backward_w(dw->w_eh, d->dx, a->z, all_rows(N), C, 2 * C, mode);
     // z = [enorm(e); hnorm(h_prev)]
-    rmsnorm_backward(d->h_prev, dw->hnorm, d->z + C, a->h_prev, w->hnorm, a->rstd_hp, N, C,
+    rmsnorm_backward(d->dh_prev, dw->hnorm, d->z + C, a->h_prev, w->hnorm, a->rstd_hp, N, C,
                      2 * C, C, SET);
-    rmsnorm_backward(d->e, dw->enorm, d->z, a->e, w->enorm, a->rstd_e, N, C, 2 * C, C, SET);
+    rmsnorm_backward(d->de, dw->enorm, d->z, a->e, w->enorm, a->rstd_e, N, C, 2 * C, C, SET);
     // e = Emb(token)
-    embedding_backward(dembed, d->e, token, N, C);
+    embedding_backward(dembed, d->de, token, N, C);
 }
 
 // The norm before the head is model.norm in the main model, shared_head.norm in an MTP layer.
@@ -2450,7 +2454,7 @@ static void head_backward(Model *m, LayerActs *d, const LayerActs *a, size_t k, 
     accum *dnorm = k ? m->dlayer[m->config.L + k - 1].head_norm : m->dw.norm;
     matmul_backward_x(d->out, d->logits, m->w.lm_head, all_rows(N), V, C, mode);
     matmul_backward_w(m->dw.lm_head, d->logits, a->out, all_rows(N), V, C, dw_mode);
-    rmsnorm_backward(d->x, dnorm, d->out, a->y, head_norm(m, k), a->rstd_y, N, C, C, C, SET);
+    rmsnorm_backward(d->dx, dnorm, d->out, a->y, head_norm(m, k), a->rstd_y, N, C, C, C, SET);
 }
 
 // The whole model on the tokens of acts_load: logits and losses of every depth.
@@ -2507,9 +2511,9 @@ static void model_backward(Model *m, Acts *a, double scale)
             if (depth > 0) {
                 mtp_backward(d, &m->dlayer[first], m->dw.embed, &a->layer[first],
                              &m->layer[first], b->token, N, c->C, mode);
-                crop_backward(d->out, d->h_prev, b->B, b->T, a->batch[depth - 1].T, c->C);
+                crop_backward(d->out, d->dh_prev, b->B, b->T, a->batch[depth - 1].T, c->C);
             } else {
-                embedding_backward(m->dw.embed, d->x, b->token, N, c->C);
+                embedding_backward(m->dw.embed, d->dx, b->token, N, c->C);
             }
         }
     }
@@ -2869,10 +2873,9 @@ typedef struct {
     const Model *m;
     size_t slots, capacity, window, max_rows, positions;
     Arena arena;
-    LayerActs a;          // of the layer at work
+    LayerActs a;          // of the layer at work; h_prev: what the main head saw in the last call
     real **c_kv, **k_pe;  // [L + D] of [slots, capacity, Rkv] and [slots, capacity, Dr]
     real *latent;         // [2, NH, max_rows, Rkv]
-    real *hidden;         // [max_rows, C] what the main head saw in the last call
     int *token, *slot, *pos; // [max_rows] each, one after the other
     int *rows;            // [3, max_rows] the same in host memory
     accum *rope;          // [positions, Dr]
@@ -2883,7 +2886,7 @@ static void decoder_bind(Decoder *s)
 {
     const Config *c = &s->m->config;
     int sets = 0;
-    s->arena.used = 0;
+    s->arena.used = s->arena.reals = 0;
     for (size_t l = 0; l < layers(c); l++) {
         size_t rows = size_mul(s->slots, s->capacity);
         s->c_kv[l] = (real *)arena_take(&s->arena, size_mul(rows, c->Rkv), sizeof(real));
@@ -2894,7 +2897,6 @@ static void decoder_bind(Decoder *s)
     s->a.h = s->a.y = s->a.x; // nothing goes back through the blocks: they add to x in place
     size_t latents = size_mul(2 * s->max_rows, c->NH * c->Rkv);
     s->latent = (real *)arena_take(&s->arena, latents, sizeof(real));
-    s->hidden = (real *)arena_take(&s->arena, s->max_rows * c->C, sizeof(real));
     s->token = (int *)arena_take(&s->arena, size_mul(3, s->max_rows), sizeof(int));
     s->slot = s->token + s->max_rows;
     s->pos = s->slot + s->max_rows;
@@ -2968,7 +2970,7 @@ static void decode_main(const Decoder *s, size_t n)
     embedding_forward(a.x, s->token, s->m->w.embed, n, c->C);
     for (size_t l = 0; l < c->L; l++) decode_block(s, &a, l, n);
     head_forward(s->m, &a, 0, n);
-    device_copy(s->hidden, a.out, n * c->C * sizeof(real));
+    if (c->D) crop_forward(a.h_prev, a.out, n, 1, 1, c->C); // all of it
 }
 
 // The first MTP depth on the first n of them.
@@ -2976,7 +2978,6 @@ static void decode_depth(const Decoder *s, size_t n)
 {
     const Config *c = &s->m->config;
     LayerActs a = s->a;
-    device_copy(a.h_prev, s->hidden, n * c->C * sizeof(real));
     mtp_forward(&a, &s->m->layer[c->L], s->m->w.embed, s->token, c, n);
     decode_block(s, &a, c->L, n);
     head_forward(s->m, &a, 1, n);
@@ -2991,7 +2992,7 @@ static int is_small(const Decoder *s, size_t n)
 }
 
 // Runs n <= max_rows tokens through the main model. Leaves logits in a.logits [n, V] and what the
-// head saw in hidden [n, C].
+// head saw in a.h_prev [n, C].
 static void decode(Decoder *s, const int *token, const int *slot, const int *pos, size_t n)
 {
     memcpy(s->rows, token, n * sizeof(int));
@@ -6260,11 +6261,12 @@ static void plan_cache(const Plan *p)
                 "as much", plain / latent);
 }
 
-// Bytes of activations in bfloat16: of every layer, kept for the backward pass, or of one alone.
+// Bytes of activations where real is bfloat16: of every layer, kept for the backward pass, or of
+// one alone.
 static double activation_bytes(const Plan *p, int kept)
 {
     Acts plan = acts_plan(p->c, p->B, p->T, kept);
-    double bytes = 2.0 / sizeof(real) * (double)plan.arena.used;
+    double bytes = (double)plan.arena.used - (sizeof(real) - 2.0) * (double)plan.arena.reals;
     acts_free(&plan);
     return bytes;
 }
@@ -6290,7 +6292,7 @@ static void plan_memory(const Plan *p)
     // The first stage has a batch under way for every stage: in all as much as the whole model's.
     // Recomputed, only the blocks' inputs are, and one layer's values and gradients.
     double kept = activation_bytes(p, 1), layer = activation_bytes(p, 0);
-    double again = fmin(kept, 2 * (double)(layers(c) * c->C) * (double)(p->B * p->T) + 2 * layer);
+    double again = fmin(kept, 4 * (double)(layers(c) * c->C) * (double)(p->B * p->T) + 2 * layer);
     const Row row[] = {
         {"weights", {2 * held, 2 * held}, {0}}, {"gradients", {4 * held, 4 * held}, {0}},
         {"optimizer", {optimizer, optimizer}, {0}}, {"activations", {kept, again}, {0}},
@@ -6300,9 +6302,9 @@ static void plan_memory(const Plan *p)
                 ROWS(row), "%zu %s: data %zu x pipeline %zu, experts over %zu; %zu x %zu tokens at "
                 "once\n  weights bfloat16, gradients float; AdamW's float weights and bfloat16 "
                 "moments, as V3's, split\n  among data-parallel devices (ZeRO-1); activations "
-                "bfloat16, all kept or each block's input\n  alone; V3 recomputes a part and keeps "
-                "a part in FP8", p->gpus, gpus[p->gpu].name, p->data, p->pipeline, p->expert, p->B,
-                p->T);
+                "bfloat16, float where norms read them, all\n  kept or each block's input alone; "
+                "V3 recomputes a part and keeps a part in FP8", p->gpus, gpus[p->gpu].name,
+                p->data, p->pipeline, p->expert, p->B, p->T);
     if (!p->json) printf("  %-32s%20s%20s\n", "", most + kept <= has ? "fits" : "does not fit",
                          most + again <= has ? "fits" : "does not fit");
 }

@@ -5,8 +5,8 @@ The model, its training, its generation, files and commands are moe.c's, which t
 In the place of moe.c's operations moe.c takes in the rest of this file: the same operations, under
 the same names and in the same order, a kernel first and what launches it under it.
 
-    make gpu                  bfloat16 weights, activations and the optimizer's moments, float
-                              master weights and gradients
+    make gpu                  bfloat16 weights, what matrix products read and the optimizer's
+                              moments; float what norms read, master weights and gradients
     make gpu PRECISION=fp32   float throughout
     make emu                  either, by the C++ compiler, on the CPU: .ci/cuda_on_cpu.h
 
@@ -373,6 +373,8 @@ static void device_start(void)
     CUDA(cudaStreamCreate(&stream));
     RUN_KERNEL(probe_kernel, 1, 32, 0, 0);
     CUBLAS(cublasCreate(&cublas));
+    // where it shares out a sum, not to add up the parts in bfloat16
+    CUBLAS(cublasSetMathMode(cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     CUDA(cudaMalloc(&memory, CUBLAS_MEMORY)); // it may not allocate what replay_begin records
     CUBLAS(cublasSetStream(cublas, stream));  // forgets the memory
     CUBLAS(cublasSetWorkspace(cublas, memory, CUBLAS_MEMORY));
@@ -518,15 +520,18 @@ template <int W, typename T> __device__ static void store(T *x, Pack<T, W> p)
     *(Pack<T, W> *)x = p;
 }
 
-// Launches the kernel that takes WIDE numbers, 16 bytes, at once if all strides, in numbers, and
-// pointers divide; else the one that takes single numbers.
+// Launches the kernel<W> that takes W = WIDE numbers, 16 bytes of real, at once if all strides, in
+// numbers, and pointers divide; else the one that takes single numbers.
 enum { WIDE = 16 / sizeof(real) };
 #define RUN_WIDE(strides, pointers, kernel, ...) \
     do { \
-        if ((strides) % WIDE == 0 && (pointers) % 16 == 0) \
-            RUN_KERNEL((kernel<WIDE>), __VA_ARGS__); \
-        else \
-            RUN_KERNEL((kernel<1>), __VA_ARGS__); \
+        if ((strides) % WIDE == 0 && (pointers) % 16 == 0) { \
+            constexpr int W = WIDE; \
+            RUN_KERNEL(kernel, __VA_ARGS__); \
+        } else { \
+            constexpr int W = 1; \
+            RUN_KERNEL(kernel, __VA_ARGS__); \
+        } \
     } while (0)
 #define AT(pointer) ((size_t)(pointer))
 
@@ -1103,11 +1108,8 @@ static void few_rows(Out *out, real *gate, real *up, const real *x, const real *
     size_t share = 1;
     while (share < BLOCK / WARP && r.rows * O * share < AT_ONCE) share *= 2;
     dim3 grid(grid_of(O * share, BLOCK / WARP), (unsigned)r.rows);
-#define FEW_ROWS out, gate, up, x, w, w_up, r.offsets, (int)r.groups, O, I, (int)share, mode == ADD
-    if (I % WIDE == 0 && (AT(x) | AT(w) | AT(w_up)) % 16 == 0)
-        RUN_KERNEL((few_rows_kernel<WIDE, GATED, Out>), grid, BLOCK, 0, FEW_ROWS);
-    else
-        RUN_KERNEL((few_rows_kernel<1, GATED, Out>), grid, BLOCK, 0, FEW_ROWS);
+    RUN_WIDE(I, AT(x) | AT(w) | AT(w_up), (few_rows_kernel<W, GATED, Out>), grid, BLOCK, 0, out,
+             gate, up, x, w, w_up, r.offsets, (int)r.groups, O, I, (int)share, mode == ADD);
 }
 
 static int are_few(Rows r) { return r.rows <= (r.offsets ? FEW : 1); }
@@ -1119,13 +1121,14 @@ static unsigned most_tiles(Rows r)
 }
 
 // out = x W^T for each group e: out[n,o] = sum_i x[n,i] W_e[o,i].
-static void matmul_forward(real *out,     // [rows, O], set or added to
+template <typename Out>
+static void matmul_forward(Out *out,      // [rows, O], set or added to; accum if a norm reads it
                            const real *x, // [rows, I]
                            const real *w, // [groups, O, I]
                            Rows r, size_t O, size_t I, enum Mode mode)
 {
     METER(r.offsets ? "experts_forward" : __func__, 2.0 * r.rows * O * I,
-          (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
+          (r.rows * I + r.groups * O * I) * sizeof(real) + r.rows * O * sizeof(Out));
     if (are_few(r)) {
         few_rows<false>(out, NULL, NULL, x, w, NULL, r, O, I, mode);
         return;
@@ -1134,17 +1137,19 @@ static void matmul_forward(real *out,     // [rows, O], set or added to
         gemm(out, O, x, 0, I, w, 1, I, r.rows, O, I, mode == ADD ? 1.0f : 0.0f);
         return;
     }
+    if constexpr (sizeof(Out) == sizeof(real)) { // no norm reads what an expert gives
 #ifdef MOE_HOPPER
-    if ((O | I) % WIDE == 0) {
-        wgmma_grouped<false, true>(out, {tensor_map(x, r.rows, I, I, TILE),
-                                         tensor_map(w, r.groups * O, I, I, TILE_N)},
-                                   r, 0, O, I, mode == ADD);
-        return;
-    }
+        if ((O | I) % WIDE == 0) {
+            wgmma_grouped<false, true>(out, {tensor_map(x, r.rows, I, I, TILE),
+                                             tensor_map(w, r.groups * O, I, I, TILE_N)},
+                                       r, 0, O, I, mode == ADD);
+            return;
+        }
 #endif
-    RUN_KERNEL(grouped_rows_kernel<true>, dim3(grid_of(O, TILE), most_tiles(r)), TILE_THREADS,
-               (tile_bytes<false, true>()), out, x, w, r.offsets, (int)r.groups, (int)O, (int)I,
-               mode == ADD, I % WIDE == 0);
+        RUN_KERNEL(grouped_rows_kernel<true>, dim3(grid_of(O, TILE), most_tiles(r)), TILE_THREADS,
+                   (tile_bytes<false, true>()), out, x, w, r.offsets, (int)r.groups, (int)O, (int)I,
+                   mode == ADD, I % WIDE == 0);
+    }
 }
 
 // out = x W^T: dx[n,i] = sum_o dout[n,o] W_e[o,i].
@@ -1200,42 +1205,42 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
 }
 
 // out = x / rms(x) * w over rows of C numbers that stand ld_out and ld_x apart. A block a row;
-// reads C twice, the second time from cache, writes C.
+// reads C floats twice, the second time from cache, writes C.
 template <int W>
-__global__ void rmsnorm_forward_kernel(real *out, accum *rstd, const real *x, const accum *w,
+__global__ void rmsnorm_forward_kernel(real *out, accum *rstd, const accum *x, const accum *w,
                                        size_t C, size_t ld_out, size_t ld_x, float eps)
 {
-    const real *xn = x + blockIdx.x * ld_x;
+    const accum *xn = x + blockIdx.x * ld_x;
     real *on = out + blockIdx.x * ld_out;
     float sum = 0;
     for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
-        Pack<real, W> xi = load<W>(xn + i);
-        for (int j = 0; j < W; j++) sum += (float)xi.x[j] * (float)xi.x[j];
+        Pack<accum, W> xi = load<W>(xn + i);
+        for (int j = 0; j < W; j++) sum += xi.x[j] * xi.x[j];
     }
     float r = 1 / sqrtf(block_reduce<false>(sum) / (float)C + eps);
     if (threadIdx.x == 0) rstd[blockIdx.x] = r;
     for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
-        Pack<real, W> xi = load<W>(xn + i);
-        Pack<accum, W> wi = load<W>(w + i);
-        for (int j = 0; j < W; j++) xi.x[j] = (real)((float)xi.x[j] * r * wi.x[j]);
-        store<W>(on + i, xi);
+        Pack<accum, W> xi = load<W>(xn + i), wi = load<W>(w + i);
+        Pack<real, W> to;
+        for (int j = 0; j < W; j++) to.x[j] = (real)(xi.x[j] * r * wi.x[j]);
+        store(on + i, to);
     }
 }
 
 static void rmsnorm_forward(real *out,      // [N, C]
                             accum *rstd,    // [N], 1 / rms
-                            const real *x,  // [N, C]
+                            const accum *x, // [N, C]
                             const accum *w, // [C]
                             size_t N, size_t C, size_t ld_out, size_t ld_x, double eps)
 {
-    METER(__func__, 0, 2 * N * C * sizeof(real));
-    RUN_WIDE(C | ld_out | ld_x, AT(out) | AT(x) | AT(w), rmsnorm_forward_kernel, grid_of(N, 1),
+    METER(__func__, 0, N * C * (sizeof(accum) + sizeof(real)));
+    RUN_WIDE(C | ld_out | ld_x, AT(out) | AT(x) | AT(w), rmsnorm_forward_kernel<W>, grid_of(N, 1),
              row_threads(C), 0, out, rstd, x, w, C, ld_out, ld_x, (float)eps);
 }
 
 // Of rows n, n + 1, .. of x[N, ..] the packs at column i; of the last row where there are no more.
-template <int W, int ROWS>
-__device__ static void load_rows(Pack<real, W> (&p)[ROWS], const real *x, size_t n, size_t N,
+template <typename T, int W, int ROWS>
+__device__ static void load_rows(Pack<T, W> (&p)[ROWS], const T *x, size_t n, size_t N,
                                  size_t ld, size_t i)
 {
 #pragma unroll
@@ -1245,13 +1250,13 @@ __device__ static void load_rows(Pack<real, W> (&p)[ROWS], const real *x, size_t
 // out_i = x_i r w_i with r = (mean_j x_j^2 + eps)^(-1/2):
 // dx_i = r (dout_i w_i - x_i r^2 mean_j(dout_j w_j x_j)),  dw_i += sum_n dout_i x_i r.
 // A block is one team of threads or, where rows are short, several. A team takes two rows at once,
-// then others further on, and adds up dw of them, each thread of its own columns. Reads 2 C (3 C to
-// add), and 2 C again from cache; writes C.
+// then others further on, and adds up dw of them, each thread of its own columns. Reads C and C
+// floats, once more from cache, and C to add; writes C.
 enum { NORM_ROWS = 2 };
 
 template <int W>
 __global__ void __launch_bounds__(BLOCK, 4)
-rmsnorm_backward_kernel(real *dx, float *dw_part, const real *dout, const real *x, const accum *w,
+rmsnorm_backward_kernel(real *dx, float *dw_part, const real *dout, const accum *x, const accum *w,
                         const accum *rstd, size_t N, size_t C, size_t ld_dout, size_t ld_x, int add)
 {
     SHARED(float, dots, [2][BLOCK / WARP][NORM_ROWS]);
@@ -1264,16 +1269,17 @@ rmsnorm_backward_kernel(real *dx, float *dw_part, const real *dout, const real *
     size_t rows = blockDim.y * NORM_ROWS;
     for (size_t n0 = blockIdx.x * rows; n0 < N; n0 += gridDim.x * rows, turn ^= 1) {
         size_t n = n0 + team * NORM_ROWS, end = n < N ? C : 0;
-        Pack<float, NORM_ROWS> dot = {}, r;
+        Pack<float, NORM_ROWS> dot = {}, r, mean;
         for (size_t i = first; i < end; i += strip) {
-            Pack<real, W> xi[NORM_ROWS], di[NORM_ROWS];
+            Pack<accum, W> xi[NORM_ROWS];
+            Pack<real, W> di[NORM_ROWS];
             load_rows(xi, x, n, N, ld_x, i);
             load_rows(di, dout, n, N, ld_dout, i);
             Pack<accum, W> wi = load<W>(w + i);
 #pragma unroll
             for (int k = 0; k < NORM_ROWS; k++)
                 for (int j = 0; j < W; j++)
-                    dot.x[k] += (float)di[k].x[j] * wi.x[j] * (float)xi[k].x[j];
+                    dot.x[k] += (float)di[k].x[j] * wi.x[j] * xi[k].x[j];
         }
 #pragma unroll
         for (int k = 0; k < NORM_ROWS; k++) {
@@ -1285,20 +1291,19 @@ rmsnorm_backward_kernel(real *dx, float *dw_part, const real *dout, const real *
         dot = load<NORM_ROWS>(dots[turn][team * warps]);
         for (int v = 1; v < warps; v++)
             for (int k = 0; k < NORM_ROWS; k++) dot.x[k] += dots[turn][team * warps + v][k];
+        for (int k = 0; k < NORM_ROWS; k++) mean.x[k] = dot.x[k] * r.x[k] * r.x[k] / (float)C;
         for (size_t i = first; i < end; i += strip) {
-            Pack<real, W> to[NORM_ROWS];
-            load_rows(to, add ? dx : x, n, N, ld_x, i); // x: of no use
+            Pack<real, W> to[NORM_ROWS] = {};
+            if (add) load_rows(to, dx, n, N, ld_x, i);
             Pack<accum, W> wi = load<W>(w + i), s = load<W>(sum + i);
 #pragma unroll
             for (int k = 0; k < NORM_ROWS && n + k < N; k++) {
-                Pack<real, W> xk = load<W>(x + (n + k) * ld_x + i);
+                Pack<accum, W> xk = load<W>(x + (n + k) * ld_x + i);
                 Pack<real, W> dk = load<W>(dout + (n + k) * ld_dout + i);
-                float mean = dot.x[k] * r.x[k] * r.x[k] / (float)C;
                 for (int j = 0; j < W; j++) {
-                    float d = (float)dk.x[j], at = (float)xk.x[j];
-                    float dxj = r.x[k] * (d * wi.x[j] - at * mean);
-                    to[k].x[j] = (real)(add ? (float)to[k].x[j] + dxj : dxj);
-                    s.x[j] += d * at * r.x[k];
+                    float d = (float)dk.x[j], dxj = r.x[k] * (d * wi.x[j] - xk.x[j] * mean.x[k]);
+                    to[k].x[j] = (real)((float)to[k].x[j] + dxj);
+                    s.x[j] += d * xk.x[j] * r.x[k];
                 }
                 store(dx + (n + k) * ld_x + i, to[k]);
             }
@@ -1328,16 +1333,16 @@ __global__ void add_parts_kernel(float *out, const float *part, size_t parts, si
     out[i] += sum;
 }
 
-static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const real *x, const accum *w,
+static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const accum *x, const accum *w,
                              const accum *rstd, size_t N, size_t C, size_t ld_dout, size_t ld_x,
                              enum Mode mode)
 {
-    METER(__func__, 0, 3 * N * C * sizeof(real));
+    METER(__func__, 0, N * C * (sizeof(accum) + 2 * sizeof(real)));
     dim3 threads(row_threads(C), BLOCK / row_threads(C));
     // four blocks for each multiprocessor of an H100
     size_t parts = min_size(ceil_div(N, threads.y * NORM_ROWS), 528);
     float *part = (float *)scratch(parts * C * sizeof(float));
-    RUN_WIDE(C | ld_dout | ld_x, AT(dx) | AT(dout) | AT(x) | AT(w), rmsnorm_backward_kernel,
+    RUN_WIDE(C | ld_dout | ld_x, AT(dx) | AT(dout) | AT(x) | AT(w), rmsnorm_backward_kernel<W>,
              grid_of(parts, 1), threads, threads.y * C * sizeof(float), dx, part, dout, x, w, rstd,
              N, C, ld_dout, ld_x, mode == ADD);
     RUN_KERNEL(add_parts_kernel, grid_of(C, WARP), WARP * WARP, 0, dw, part, parts, C);
@@ -1363,7 +1368,7 @@ static void swiglu_forward(real *act,        // [n]
                            size_t n)
 {
     METER(__func__, 0, 3 * n * sizeof(real));
-    RUN_WIDE(n, AT(act) | AT(gate) | AT(up), swiglu_forward_kernel, grid_of(n, BLOCK * WIDE),
+    RUN_WIDE(n, AT(act) | AT(gate) | AT(up), swiglu_forward_kernel<W>, grid_of(n, BLOCK * WIDE),
              BLOCK, 0, act, gate, up, n);
 }
 
@@ -1388,7 +1393,7 @@ static void swiglu_backward(real *dgate, real *dup, const real *dact, const real
                             const real *up, size_t n)
 {
     METER(__func__, 0, 5 * n * sizeof(real));
-    RUN_WIDE(n, AT(dgate) | AT(dup) | AT(dact) | AT(gate) | AT(up), swiglu_backward_kernel,
+    RUN_WIDE(n, AT(dgate) | AT(dup) | AT(dact) | AT(gate) | AT(up), swiglu_backward_kernel<W>,
              grid_of(n, BLOCK * WIDE), BLOCK, 0, dgate, dup, dact, gate, up, n);
 }
 
@@ -1442,22 +1447,31 @@ static void gate_up_backward_x(real *dx, const real *dgate, const real *dup, con
     matmul_backward_x(dx, dup, w_up, r, F, C, ADD);
 }
 
-// out[n] = w[token[n]]. Reads and writes C a row.
-template <int W>
-__global__ void embedding_forward_kernel(real *out, const int *token, const real *w, size_t C)
+// out = x, a row of C numbers, by a block.
+template <int W> __device__ static void copy_row(accum *out, const real *x, size_t C)
 {
-    const real *from = w + (size_t)token[blockIdx.x] * C;
-    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W)
-        store<W>(out + blockIdx.x * C + i, load<W>(from + i));
+    for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
+        Pack<real, W> from = load<W>(x + i);
+        Pack<accum, W> to;
+        for (int j = 0; j < W; j++) to.x[j] = (float)from.x[j];
+        store(out + i, to);
+    }
 }
 
-static void embedding_forward(real *out,        // [N, C]
+// out[n] = w[token[n]]. A block a row: reads C, writes C floats.
+template <int W>
+__global__ void embedding_forward_kernel(accum *out, const int *token, const real *w, size_t C)
+{
+    copy_row<W>(out + blockIdx.x * C, w + token[blockIdx.x] * C, C);
+}
+
+static void embedding_forward(accum *out,       // [N, C]
                               const int *token, // [N]
                               const real *w,    // [V, C]
                               size_t N, size_t C)
 {
-    METER(__func__, 0, 2 * N * C * sizeof(real));
-    RUN_WIDE(C, AT(out) | AT(w), embedding_forward_kernel, grid_of(N, 1), row_threads(C), 0,
+    METER(__func__, 0, N * C * (sizeof(real) + sizeof(accum)));
+    RUN_WIDE(C, AT(out) | AT(w), embedding_forward_kernel<W>, grid_of(N, 1), row_threads(C), 0,
              out, token, w, C);
 }
 
@@ -1528,18 +1542,24 @@ static void embedding_backward(accum *dw, const real *dout, const int *token, si
     METER(__func__, 0, 2 * N * C * sizeof(real));
     dim3 threads(row_threads(C), BLOCK / row_threads(C));
     size_t strip = threads.x * (C % WIDE || (AT(dw) | AT(dout)) % 16 ? 1 : WIDE);
-    RUN_WIDE(C, AT(dw) | AT(dout), embedding_backward_kernel, dim3((unsigned)N, grid_of(C, strip)),
-             threads, 0, dw, dout, token, (int)N, C);
+    RUN_WIDE(C, AT(dw) | AT(dout), embedding_backward_kernel<W>,
+             dim3((unsigned)N, grid_of(C, strip)), threads, 0, dw, dout, token, (int)N, C);
 }
 
-// Rows of a longer sequence that a shorter one keeps: out[b,t] = in[b,t] for t < T.
-static void crop_forward(real *out,      // [B, T, C]
+// Rows of a longer sequence that a shorter one keeps: out[b,t] = in[b,t] for t < T. A block a row:
+// reads C, writes C floats.
+template <int W>
+__global__ void crop_forward_kernel(accum *out, const real *in, size_t T, size_t Tin, size_t C)
+{
+    copy_row<W>(out + blockIdx.x * C, in + (blockIdx.x / T * Tin + blockIdx.x % T) * C, C);
+}
+
+static void crop_forward(accum *out,     // [B, T, C]
                          const real *in, // [B, Tin, C], Tin >= T
                          size_t B, size_t T, size_t Tin, size_t C)
 {
-    size_t row = C * sizeof(real);
-    CUDA(cudaMemcpy2DAsync(out, T * row, in, Tin * row, T * row, B, cudaMemcpyDeviceToDevice,
-                           stream));
+    RUN_WIDE(C, AT(out) | AT(in), crop_forward_kernel<W>, grid_of(B * T, 1), row_threads(C), 0, out,
+             in, T, Tin, C);
 }
 
 // out[b,t] = in[b,t]: din[b,t] = dout[b,t] for t < T, 0 after.
@@ -1555,8 +1575,8 @@ static void crop_backward(real *din, const real *dout, size_t B, size_t T, size_
 // sine stand in table[p][2j], table[p][2j+1]; backwards if sign is -1. A row holds `heads` vectors
 // that stand `head` apart. out may be x. A thread has W numbers, or a pair: reads and writes them,
 // their angles from cache.
-template <int W>
-__global__ void rope_kernel(real *out, const real *x, const int *pos, const accum *table,
+template <int W, typename In>
+__global__ void rope_kernel(real *out, const In *x, const int *pos, const accum *table,
                             float sign, size_t N, size_t heads, size_t Dr, size_t ld_out,
                             size_t ld_x, size_t head)
 {
@@ -1566,39 +1586,42 @@ __global__ void rope_kernel(real *out, const real *x, const int *pos, const accu
         unsigned at = (unsigned)(i * PACKS - n * heads * Dr), h = at / (unsigned)Dr;
         size_t j = at - h * Dr;
         const accum *angle = table + (size_t)pos[n] * Dr + j;
-        const real *from = x + n * ld_x + h * head + j;
+        const In *from = x + n * ld_x + h * head + j;
         real *to = out + n * ld_out + h * head + j;
-        Pack<real, W> v[PACKS];
+        Pack<In, W> v[PACKS];
         Pack<accum, W> turn[PACKS];
+        Pack<real, W> turned[PACKS];
         for (int p = 0; p < PACKS; p++)
             v[p] = load<W>(from + p * W), turn[p] = load<W>(angle + p * W);
         for (int k = 0; k < PACKS * W; k += 2) {
-            real *even = &v[k / W].x[k % W], *odd = &v[(k + 1) / W].x[(k + 1) % W];
-            float a = (float)*even, b = (float)*odd, cosine = turn[k / W].x[k % W];
-            float sine = sign * turn[(k + 1) / W].x[(k + 1) % W];
-            *even = (real)(a * cosine - b * sine);
-            *odd = (real)(a * sine + b * cosine);
+            int p = k / W, i0 = k % W, q = (k + 1) / W, i1 = (k + 1) % W;
+            float even = (float)v[p].x[i0], odd = (float)v[q].x[i1];
+            float cosine = turn[p].x[i0], sine = sign * turn[q].x[i1];
+            turned[p].x[i0] = (real)(even * cosine - odd * sine);
+            turned[q].x[i1] = (real)(even * sine + odd * cosine);
         }
-        for (int p = 0; p < PACKS; p++) store(to + p * W, v[p]);
+        for (int p = 0; p < PACKS; p++) store(to + p * W, turned[p]);
     }
 }
 
-static void rope_turn(real *out, const real *x, const int *pos, const accum *table, accum sign,
+template <typename In>
+static void rope_turn(real *out, const In *x, const int *pos, const accum *table, accum sign,
                       size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
 {
-    RUN_WIDE(Dr | ld_out | ld_x | head, AT(out) | AT(x) | AT(table), rope_kernel,
+    RUN_WIDE(Dr | ld_out | ld_x | head, AT(out) | AT(x) | AT(table), (rope_kernel<W, In>),
              grid_of(N * heads * Dr, BLOCK * WIDE), BLOCK, 0, out, x, pos, table, sign, N, heads,
              Dr, ld_out, ld_x, head);
 }
 
 // Rotary position embedding: out = R(p) x.
+template <typename In>
 static void rope_forward(real *out,          // [N, heads, Dr], rows ld_out apart
-                         const real *x,      // [N, heads, Dr], rows ld_x apart
+                         const In *x,        // [N, heads, Dr], rows ld_x apart; accum in kv_a
                          const int *pos,     // [N]
                          const accum *table, // [Tmax, Dr]
                          size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
 {
-    METER(__func__, 0, 2 * N * heads * Dr * sizeof(real));
+    METER(__func__, 0, N * heads * Dr * (sizeof(In) + sizeof(real)));
     rope_turn(out, x, pos, table, 1, N, heads, Dr, ld_out, ld_x, head);
 }
 
@@ -2798,8 +2821,8 @@ static void dispatch_forward(real *xs,        // [N K, C]
     METER(__func__, 0, 2 * N * K * C * sizeof(real));
     unsigned blocks = grid_of(N * K, SORT);
     if (blocks == 1) {
-        RUN_WIDE(C, AT(xs) | AT(x), dispatch_few_kernel, grid_of(N, 1), BLOCK, 0, xs, offsets, row,
-                 x, topk, (int)(N * K), K, (int)E, C);
+        RUN_WIDE(C, AT(xs) | AT(x), dispatch_few_kernel<W>, grid_of(N, 1), BLOCK, 0, xs, offsets,
+                 row, x, topk, (int)(N * K), K, (int)E, C);
         return;
     }
     int *count = (int *)scratch(blocks * E * sizeof(int)); // [blocks, E]
@@ -2807,7 +2830,7 @@ static void dispatch_forward(real *xs,        // [N K, C]
     RUN_KERNEL(sort_count_kernel, blocks, SORT, 0, count, topk, N * K, (int)E);
     RUN_KERNEL(sort_scan_kernel, 1, BLOCK, 0, offsets, count, (int)blocks, (int)E);
     RUN_KERNEL(sort_place_kernel, blocks, SORT, 0, row, offsets, count, topk, N * K, (int)E);
-    RUN_WIDE(C, AT(xs) | AT(x), dispatch_forward_kernel, grid_of(N, 1), row_threads(C), 0, xs, x,
+    RUN_WIDE(C, AT(xs) | AT(x), dispatch_forward_kernel<W>, grid_of(N, 1), row_threads(C), 0, xs, x,
              row, K, C);
 }
 
@@ -2834,37 +2857,34 @@ static void dispatch_backward(real *dx, const real *dxs, const int *row, size_t 
                               size_t C, enum Mode mode)
 {
     METER(__func__, 0, N * (K + 1) * C * sizeof(real));
-    RUN_WIDE(C, AT(dx) | AT(dxs), dispatch_backward_kernel, grid_of(N, 1), row_threads(C), 0, dx,
+    RUN_WIDE(C, AT(dx) | AT(dxs), dispatch_backward_kernel<W>, grid_of(N, 1), row_threads(C), 0, dx,
              dxs, row, K, C, mode == ADD);
 }
 
-// y[n] += sum_k g[n,k] out[row[n,k]]. A block a token. Reads (K + 1) C, writes C.
+// y[n] += sum_k g[n,k] out[row[n,k]]. A block a token. Reads K C and C floats, writes C floats.
 template <int W>
-__global__ void combine_forward_kernel(real *y, const real *out, const accum *g, const int *row,
+__global__ void combine_forward_kernel(accum *y, const real *out, const accum *g, const int *row,
                                        size_t K, size_t C)
 {
     for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
-        Pack<real, W> to = load<W>(y + blockIdx.x * C + i);
-        float sum[W];
-        for (int j = 0; j < W; j++) sum[j] = (float)to.x[j];
+        Pack<accum, W> to = load<W>(y + blockIdx.x * C + i);
         for (size_t k = 0; k < K; k++) {
             Pack<real, W> from = load<W>(out + (size_t)row[blockIdx.x * K + k] * C + i);
-            for (int j = 0; j < W; j++) sum[j] += g[blockIdx.x * K + k] * (float)from.x[j];
+            for (int j = 0; j < W; j++) to.x[j] += g[blockIdx.x * K + k] * (float)from.x[j];
         }
-        for (int j = 0; j < W; j++) to.x[j] = (real)sum[j];
-        store<W>(y + blockIdx.x * C + i, to);
+        store(y + blockIdx.x * C + i, to);
     }
 }
 
-static void combine_forward(real *y,         // [N, C], added to
+static void combine_forward(accum *y,        // [N, C], added to
                             const real *out, // [N K, C]
                             const accum *g,  // [N, K]
                             const int *row,  // [N, K]
                             size_t N, size_t K, size_t C)
 {
-    METER(__func__, 0, N * (K + 2) * C * sizeof(real));
-    RUN_WIDE(C, AT(y) | AT(out), combine_forward_kernel, grid_of(N, 1), row_threads(C), 0, y, out,
-             g, row, K, C);
+    METER(__func__, 0, N * C * (K * sizeof(real) + 2 * sizeof(accum)));
+    RUN_WIDE(C, AT(y) | AT(out), combine_forward_kernel<W>, grid_of(N, 1), row_threads(C), 0, y,
+             out, g, row, K, C);
 }
 
 // y[n] += sum_k g[n,k] out[row[n,k]]:
@@ -2892,7 +2912,7 @@ static void combine_backward(real *dout, accum *dg, const real *dy, const real *
                              const int *row, size_t N, size_t K, size_t C)
 {
     METER(__func__, 0, N * (2 * K + 1) * C * sizeof(real));
-    RUN_WIDE(C, AT(dout) | AT(dy) | AT(out), combine_backward_kernel, grid_of(N * K, 1),
+    RUN_WIDE(C, AT(dout) | AT(dy) | AT(out), combine_backward_kernel<W>, grid_of(N * K, 1),
              row_threads(C), 0, dout, dg, dy, out, g, row, K, C);
 }
 
@@ -2939,7 +2959,7 @@ static void cross_entropy_forward(accum *loss,        // [N] -log p(target)
                                   double temperature, size_t N, size_t V)
 {
     METER(__func__, 0, N * V * sizeof(real));
-    RUN_WIDE(V, AT(logits), cross_entropy_forward_kernel, grid_of(N, 1), row_threads(V), 0, loss,
+    RUN_WIDE(V, AT(logits), cross_entropy_forward_kernel<W>, grid_of(N, 1), row_threads(V), 0, loss,
              lse, logits, target, (float)(1 / temperature), V);
 }
 
@@ -2966,7 +2986,7 @@ static void cross_entropy_backward(real *dlogits, double scale,
                                    double temperature, size_t N, size_t V)
 {
     METER(__func__, 0, 2 * N * V * sizeof(real));
-    RUN_WIDE(V, AT(dlogits) | AT(logits), cross_entropy_backward_kernel, grid_of(N, 1),
+    RUN_WIDE(V, AT(dlogits) | AT(logits), cross_entropy_backward_kernel<W>, grid_of(N, 1),
              row_threads(V), 0, dlogits, (float)scale, dloss, lse, logits, target,
              (float)(1 / temperature), V);
 }
