@@ -1716,8 +1716,9 @@ static void dispatch_backward(real *dx, const real *dxs, const int *row, size_t 
     }
 }
 
-// y[n] += sum_k g[n,k] out[row[n,k]].
-static void combine_forward(accum *y,        // [N, C], added to
+// y[n] = h[n] + sum_k g[n,k] out[row[n,k]]. y may be h.
+static void combine_forward(accum *y,        // [N, C]
+                            const accum *h,  // [N, C]
                             const real *out, // [N K, C]
                             const accum *g,  // [N, K]
                             const int *row,  // [N, K]
@@ -1727,12 +1728,13 @@ static void combine_forward(accum *y,        // [N, C], added to
     #pragma omp for
     for (size_t n = 0; n < N; n++)
         for (size_t k = 0; k < K; k++) {
+            const accum *sum = (k ? y : h) + n * C;
             const real *from = out + (size_t)row[n * K + k] * C;
-            for (size_t i = 0; i < C; i++) y[n * C + i] += g[n * K + k] * from[i];
+            for (size_t i = 0; i < C; i++) y[n * C + i] = sum[i] + g[n * K + k] * from[i];
         }
 }
 
-// y[n] += sum_k g[n,k] out[row[n,k]]:
+// y[n] = h[n] + sum_k g[n,k] out[row[n,k]]:
 //     dout[row[n,k]] = g[n,k] dy[n],   dg[n,k] = dy[n] . out[row[n,k]].
 static void combine_backward(real *dout, accum *dg, const real *dy, const real *out, const accum *g,
                              const int *row, size_t N, size_t K, size_t C)
@@ -2327,8 +2329,8 @@ static void ffn_forward(LayerActs *a, const LayerWeights *w, const Config *c, si
 {
     size_t C = c->C, E = c->E, K = c->K, Fe = c->Fe;
     Rows all = all_rows(N), experts = {a->offsets, E, N * K};
-    if (a->y != a->h) device_copy(a->y, a->h, N * C * sizeof(accum)); // one in decoding
     if (!w->w_router) {
+        if (a->y != a->h) device_copy(a->y, a->h, N * C * sizeof(accum)); // one in decoding
         gate_up_forward(a->act, a->gate, a->up, a->hn, w->w_gate, w->w_up, all, C, c->F);
         matmul_forward(a->y, a->act, w->w_down, all, C, c->F, ADD);
         return;
@@ -2338,7 +2340,7 @@ static void ffn_forward(LayerActs *a, const LayerWeights *w, const Config *c, si
     dispatch_forward(a->xs, a->offsets, a->row, a->hn, a->topk, N, K, E, C);
     gate_up_forward(a->e_act, a->e_gate, a->e_up, a->xs, w->e_gate, w->e_up, experts, C, Fe);
     matmul_forward(a->e_out, a->e_act, w->e_down, experts, C, Fe, SET);
-    combine_forward(a->y, a->e_out, a->g, a->row, N, K, C);
+    combine_forward(a->y, a->h, a->e_out, a->g, a->row, N, K, C);
     if (!c->S) return;
     gate_up_forward(a->s_act, a->s_gate, a->s_up, a->hn, w->s_gate, w->s_up, all, C, c->S * Fe);
     matmul_forward(a->y, a->s_act, w->s_down, all, C, c->S * Fe, ADD);
@@ -2359,7 +2361,7 @@ static void ffn_backward(LayerActs *d, LayerGrads *dw, const LayerActs *a, const
         return;
     }
     Rows experts = {a->offsets, E, N * K};
-    // y += sum_k g_k e_out
+    // y = h + sum_k g_k e_out
     combine_backward(d->e_out, d->g, d->dx, a->e_out, a->g, a->row, N, K, C);
     // e_out = experts(xs)
     mlp_backward(d->xs, dw->e_gate, dw->e_up, dw->e_down, d->e_gate, d->e_up, d->e_act, d->e_out,

@@ -862,7 +862,7 @@ grouped_weights_kernel(accum *dw, const real *dout, const real *x, const int *of
 // More operands make of two products one. GATED: half a tile's columns are of gate = x W_gate^T and
 // half the same of up = x W_up^T, and act = silu(gate) up. SUMMED: the strips of dgate W_gate are
 // followed by those of dup W_up.
-enum { BOX = 64, BOX_SIZE = BOX * BOX, WGMMA_THREADS = 12 * WARP, TILE_N = 256 };
+enum { BOX = 64, BOX_SIZE = BOX * BOX, HOPPER_THREADS = 12 * WARP, TILE_N = 256 };
 enum { STRIP = (TILE + TILE_N) * BOX, STRIPS = 4 }; // what shared memory holds of them
 enum Product { PLAIN, GATED, SUMMED };
 
@@ -964,7 +964,7 @@ __device__ static void store_tile(Out *c, const float (*acc)[4], int row, const 
 }
 
 template <bool A_T, bool B_T, Product PRODUCT, typename Out>
-__global__ void __launch_bounds__(WGMMA_THREADS, 1)
+__global__ void __launch_bounds__(HOPPER_THREADS, 1)
 wgmma_kernel(Out *c, Out *gate, Out *up, const __grid_constant__ Operands x, const int *offsets,
              int groups, int m, int n, int k, int add)
 {
@@ -1054,7 +1054,7 @@ static void wgmma_grouped(Out *c, Operands x, Rows r, size_t m, size_t n, size_t
     static int processors;
     if (!processors)
         CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
-    RUN_KERNEL((wgmma_kernel<A_T, B_T, PRODUCT, Out>), (unsigned)processors, WGMMA_THREADS,
+    RUN_KERNEL((wgmma_kernel<A_T, B_T, PRODUCT, Out>), (unsigned)processors, HOPPER_THREADS,
                STRIPS * STRIP * sizeof(real), c, gate, up, x, r.offsets, (int)r.groups, (int)m,
                (int)n, (int)k, add);
 }
@@ -2115,7 +2115,7 @@ flash_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const real *dout, 
 // times four warps. A ninth has the rows that pass by brought to shared memory, some ahead, and the
 // registers of three more warps are shared out among the eight.
 enum { HEAD_QK = 192, HEAD_V = 128, HEAD_KV = 256, HEAD_SIZES = HEAD_QK + HEAD_V };
-enum { OWN = 128, PASS_FORWARD = 128, PASS_BACKWARD = 64, PASSES = 3, ATTENTION_WARPS = 12 };
+enum { OWN = 128, PASS_FORWARD = 128, PASS_BACKWARD = 64, PASSES = 3 };
 
 typedef struct {
     TensorMap q, o, kv, k_pe; // of all heads; o: dout
@@ -2188,7 +2188,7 @@ __device__ static void store_row(real *to, const float (&acc)[N][4], int half, f
 
 // While a tile's values are added up the next one's scores are computed; meanwhile the other four
 // warps have theirs to do.
-__global__ void __launch_bounds__(ATTENTION_WARPS * WARP, 1)
+__global__ void __launch_bounds__(HOPPER_THREADS, 1)
 wgmma_attention_forward_kernel(real *out, accum *lse, const __grid_constant__ HeadMaps map,
                                AttentionSizes s)
 {
@@ -2264,7 +2264,7 @@ wgmma_attention_forward_kernel(real *out, accum *lse, const __grid_constant__ He
 
 // As attention_backward_kernel.
 template <bool KEYS>
-__global__ void __launch_bounds__(ATTENTION_WARPS * WARP, 1)
+__global__ void __launch_bounds__(HOPPER_THREADS, 1)
 wgmma_attention_backward_kernel(real *dq, real *dkv, real *dk_pe_heads, const accum *delta,
                                 const accum *lse, const __grid_constant__ HeadMaps map,
                                 AttentionSizes s)
@@ -2416,7 +2416,7 @@ static void attention_forward(real *out,        // [B, T, NH, Dv]
     if (Dn == 128 && Dr == 64 && Dv == 128) {
         size_t bytes = (OWN * HEAD_QK + 2 * PASS_FORWARD * HEAD_SIZES) * sizeof(real);
         RUN_KERNEL(wgmma_attention_forward_kernel, dim3((unsigned)(B * NH), grid_of(T, OWN)),
-                   ATTENTION_WARPS * WARP, bytes, out, lse,
+                   HOPPER_THREADS, bytes, out, lse,
                    head_maps(q, out, kv, k_pe, B * T, NH), s);
         return;
     }
@@ -2458,9 +2458,9 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
         size_t bytes = (OWN + PASSES * PASS_BACKWARD) * HEAD_SIZES * sizeof(real);
         HeadMaps map = head_maps(q, dout, kv, k_pe, B * T, NH);
         dim3 blocks((unsigned)(B * NH), grid_of(T, OWN));
-        RUN_KERNEL(wgmma_attention_backward_kernel<true>, blocks, ATTENTION_WARPS * WARP, bytes,
+        RUN_KERNEL(wgmma_attention_backward_kernel<true>, blocks, HOPPER_THREADS, bytes,
                    dq, dkv, dk_pe_heads, delta, lse, map, s);
-        RUN_KERNEL(wgmma_attention_backward_kernel<false>, blocks, ATTENTION_WARPS * WARP, bytes,
+        RUN_KERNEL(wgmma_attention_backward_kernel<false>, blocks, HOPPER_THREADS, bytes,
                    dq, dkv, dk_pe_heads, delta, lse, map, s);
         done = 1;
     } else
@@ -2861,13 +2861,14 @@ static void dispatch_backward(real *dx, const real *dxs, const int *row, size_t 
              dxs, row, K, C, mode == ADD);
 }
 
-// y[n] += sum_k g[n,k] out[row[n,k]]. A block a token. Reads K C and C floats, writes C floats.
+// y[n] = h[n] + sum_k g[n,k] out[row[n,k]]. y may be h. A block a token. Reads K C and C floats,
+// writes C floats.
 template <int W>
-__global__ void combine_forward_kernel(accum *y, const real *out, const accum *g, const int *row,
-                                       size_t K, size_t C)
+__global__ void combine_forward_kernel(accum *y, const accum *h, const real *out, const accum *g,
+                                       const int *row, size_t K, size_t C)
 {
     for (size_t i = threadIdx.x * W; i < C; i += blockDim.x * W) {
-        Pack<accum, W> to = load<W>(y + blockIdx.x * C + i);
+        Pack<accum, W> to = load<W>(h + blockIdx.x * C + i);
         for (size_t k = 0; k < K; k++) {
             Pack<real, W> from = load<W>(out + (size_t)row[blockIdx.x * K + k] * C + i);
             for (int j = 0; j < W; j++) to.x[j] += g[blockIdx.x * K + k] * (float)from.x[j];
@@ -2876,18 +2877,19 @@ __global__ void combine_forward_kernel(accum *y, const real *out, const accum *g
     }
 }
 
-static void combine_forward(accum *y,        // [N, C], added to
+static void combine_forward(accum *y,        // [N, C]
+                            const accum *h,  // [N, C]
                             const real *out, // [N K, C]
                             const accum *g,  // [N, K]
                             const int *row,  // [N, K]
                             size_t N, size_t K, size_t C)
 {
     METER(__func__, 0, N * C * (K * sizeof(real) + 2 * sizeof(accum)));
-    RUN_WIDE(C, AT(y) | AT(out), combine_forward_kernel<W>, grid_of(N, 1), row_threads(C), 0, y,
-             out, g, row, K, C);
+    RUN_WIDE(C, AT(y) | AT(h) | AT(out), combine_forward_kernel<W>, grid_of(N, 1), row_threads(C),
+             0, y, h, out, g, row, K, C);
 }
 
-// y[n] += sum_k g[n,k] out[row[n,k]]:
+// y[n] = h[n] + sum_k g[n,k] out[row[n,k]]:
 //     dout[row[n,k]] = g[n,k] dy[n],   dg[n,k] = dy[n] . out[row[n,k]].
 // A block a choice. Reads 2 C, writes C.
 template <int W>

@@ -653,7 +653,7 @@ static void dispatch_op(Op *o)
     size_t N = o->s[0], K = o->s[1], E = o->s[2], C = o->s[3];
     dispatch_forward(o->saved[0], o->index[1], o->index[2], o->x[0], o->index[0], N, K, E, C);
     apply_experts(o->saved[0], o->index[1], E, C);
-    combine_forward(o->out, o->saved[0], o->x[1], o->index[2], N, K, C);
+    combine_forward(o->out, o->out, o->saved[0], o->x[1], o->index[2], N, K, C);
 }
 
 static void test_dispatch_combine_gradient(void)

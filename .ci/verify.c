@@ -317,10 +317,11 @@ static void dispatch(size_t N, size_t K, size_t E, size_t C, enum Mode mode)
     real *xs = reals("xs", N * K * C), *x = reals("x", N * C), *dx = reals("dx", N * C);
     real *dxs = reals("dxs", N * K * C), *out = reals("out", N * K * C);
     real *dout = reals("dout", N * K * C), *dy = reals("dy", N * C);
-    accum *y = accums("y", N * C), *g = accums("g", N * K), *dg = accums("dg", N * K);
+    accum *y = accums("y", N * C), *h = accums("h", N * C);
+    accum *g = accums("g", N * K), *dg = accums("dg", N * K);
     dispatch_forward(xs, offsets, row, x, topk, N, K, E, C);
     dispatch_backward(dx, dxs, row, N, K, C, mode);
-    combine_forward(y, out, g, row, N, K, C);
+    combine_forward(y, h, out, g, row, N, K, C);
     combine_backward(dout, dg, dy, out, g, row, N, K, C);
     count_load(load, offsets, E);
     finish();
