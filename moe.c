@@ -1226,7 +1226,7 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
                               size_t I, enum Mode mode)
 {
     METER(r.offsets ? "experts_backward_w" : __func__, 2.0 * r.rows * O * I,
-          (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
+          r.rows * (I + O) * sizeof(real) + r.groups * O * I * sizeof(accum));
     size_t threads = (size_t)team_size(), tall = O; // few tiles: gemm packs all of x for each
     if (r.groups < 2 * threads) tall = ceil_div(ceil_div(O, threads), MR) * MR;
     if (tall < 48) tall = 48;
@@ -1573,7 +1573,7 @@ static void router_forward(accum *s,          // [N, E] affinities
                            size_t N, size_t C, size_t E, size_t K, size_t G, size_t KG, int norm,
                            double scale)
 {
-    METER(__func__, 2.0 * N * E * C, (N * (C + E) + E * C) * sizeof(real));
+    METER(__func__, 2.0 * N * E * C, (N + E) * C * sizeof(real) + N * E * sizeof(accum));
     matmul_forward(s, x, w, all_rows(N), E, C, SET);
     size_t size = E / G; // of a group
     #pragma omp for
@@ -1615,7 +1615,8 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
                             const int *topk, const real *x, const real *w, size_t N, size_t C,
                             size_t E, size_t K, int norm, double scale, enum Mode mode)
 {
-    METER(__func__, 4.0 * N * E * C, (N * (2 * C + 3 * E) + 2 * E * C) * sizeof(real));
+    METER(__func__, 4.0 * N * E * C,
+          (2 * N + E) * C * sizeof(real) + (3 * N + C) * E * sizeof(accum));
     #pragma omp for
     for (size_t n = 0; n < N; n++) {
         const accum *sn = s + n * E, *dgn = dg + n * K;
@@ -1639,7 +1640,7 @@ static void balance_forward(accum *loss,    // [B]
                             const accum *s, // [B, T, E]
                             size_t B, size_t T, size_t E, size_t K)
 {
-    METER(__func__, 0, B * T * E * sizeof(real));
+    METER(__func__, 0, B * T * E * sizeof(accum));
     #pragma omp for
     for (size_t b = 0; b < B; b++) {
         real *P = scratch(E + K);
@@ -1666,7 +1667,7 @@ static void balance_forward(accum *loss,    // [B]
 static void balance_backward(accum *ds, double dloss, const accum *f, const accum *s, size_t B,
                              size_t T, size_t E)
 {
-    METER(__func__, 0, 2 * B * T * E * sizeof(real));
+    METER(__func__, 0, 2 * B * T * E * sizeof(accum));
     #pragma omp for
     for (size_t n = 0; n < B * T; n++) {
         const accum *fb = f + n / T * E, *sn = s + n * E;
@@ -2993,8 +2994,8 @@ static int is_small(const Decoder *s, size_t n)
     return (double)n * active_weights(&s->m->config, &s->m->layout) <= ALONE;
 }
 
-// Runs n <= max_rows tokens through the main model. Leaves logits in a.logits [n, V] and what the
-// head saw in a.h_prev [n, C].
+// Runs n <= max_rows tokens through the main model. Leaves logits in a.logits [n, V] and, if there
+// is MTP, what the head saw in a.h_prev [n, C].
 static void decode(Decoder *s, const int *token, const int *slot, const int *pos, size_t n)
 {
     memcpy(s->rows, token, n * sizeof(int));

@@ -1181,7 +1181,7 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
                               size_t I, enum Mode mode)
 {
     METER(r.offsets ? "experts_backward_w" : __func__, 2.0 * r.rows * O * I,
-          (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
+          r.rows * (I + O) * sizeof(real) + r.groups * O * I * sizeof(accum));
     if (r.rows == 0) {
         if (mode == SET) device_zero(dw, r.groups * O * I * sizeof(accum));
         return;
@@ -2570,7 +2570,7 @@ static void router_forward(accum *s,          // [N, E] affinities
                            size_t N, size_t C, size_t E, size_t K, size_t G, size_t KG, int norm,
                            double scale)
 {
-    METER(__func__, 2.0 * N * E * C, (N * (C + E) + E * C) * sizeof(real));
+    METER(__func__, 2.0 * N * E * C, (N + E) * C * sizeof(real) + N * E * sizeof(accum));
     Rows r = all_rows(N);
     if (are_few(r)) few_rows<false>(s, NULL, NULL, x, w, NULL, r, E, C, SET);
     else gemm(s, E, x, 0, C, w, 1, C, N, E, C, 0);
@@ -2608,7 +2608,8 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
                             const int *topk, const real *x, const real *w, size_t N, size_t C,
                             size_t E, size_t K, int norm, double scale, enum Mode mode)
 {
-    METER(__func__, 4.0 * N * E * C, (N * (2 * C + 3 * E) + 2 * E * C) * sizeof(real));
+    METER(__func__, 4.0 * N * E * C,
+          (2 * N + E) * C * sizeof(real) + (3 * N + C) * E * sizeof(accum));
     real *dz = (real *)scratch(N * E * sizeof(real)); // [N, E]
     RUN_KERNEL(router_backward_kernel, grid_of(N, BLOCK / WARP), BLOCK, 0, dz, ds, dg, s, topk, N,
                (int)E, (int)K, norm, (float)scale);
@@ -2687,7 +2688,7 @@ static void balance_forward(accum *loss,    // [B]
                             const accum *s, // [B, T, E]
                             size_t B, size_t T, size_t E, size_t K)
 {
-    METER(__func__, 0, B * T * E * sizeof(real));
+    METER(__func__, 0, B * T * E * sizeof(accum));
     unsigned blocks = grid_of(T, BALANCE_TOKENS); // of a sequence
     size_t n = B * blocks * E;
     float *share = (float *)scratch(n * (sizeof(float) + sizeof(int))); // [B, blocks, E]
@@ -2718,7 +2719,7 @@ __global__ void balance_backward_kernel(accum *ds, float scale, const accum *f, 
 static void balance_backward(accum *ds, double dloss, const accum *f, const accum *s, size_t B,
                              size_t T, size_t E)
 {
-    METER(__func__, 0, 2 * B * T * E * sizeof(real));
+    METER(__func__, 0, 2 * B * T * E * sizeof(accum));
     RUN_KERNEL(balance_backward_kernel, grid_of(B * T, BLOCK / WARP), BLOCK, 0, ds,
                (float)(dloss / (double)T), f, s, B * T, T, (int)E);
 }
