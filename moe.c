@@ -49,6 +49,7 @@ A pointer's comment gives its shape, rows first. An operation's outputs come bef
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <time.h>
@@ -137,12 +138,16 @@ static size_t size_mul(size_t a, size_t b)
 // Zeroed memory, never NULL.
 static void *host_alloc(size_t count, size_t size)
 {
-    size_t bytes = size_mul(count, size);
-    size_t rounded = bytes ? (bytes + 63) / 64 * 64 : 64;
-    void *p = aligned_alloc(64, rounded);
+    enum { LINE = 64, PAGE = 1 << 21 };
+    size_t bytes = size_mul(count, size), unit = bytes < 2 * PAGE ? LINE : PAGE;
+    size_t rounded = bytes ? ceil_div(bytes, unit) * unit : unit;
+    void *p = aligned_alloc(unit, rounded);
     if (!p)
         die(FAILED, "out of memory asking for %.1f MB; use a smaller model, --batch or --seq",
             (double)bytes * 1e-6);
+#ifdef MADV_HUGEPAGE // Linux may need to be asked for large pages, which are found faster
+    if (unit == PAGE) madvise(p, rounded, MADV_HUGEPAGE);
+#endif
     memset(p, 0, bytes);
     return p;
 }
@@ -892,6 +897,19 @@ INLINE void transpose_quads(wide x[4])
 #endif
 }
 
+// x[0] becomes the sums of the lanes of x[0], x[1], x[2], x[3] within each block.
+INLINE void sum_quads(wide x[4])
+{
+#ifdef SHUFFLE
+    wide x02 = SHUFFLE(x[0], x[2], LOW_PAIRS) + SHUFFLE(x[0], x[2], HIGH_PAIRS);
+    wide x13 = SHUFFLE(x[1], x[3], LOW_PAIRS) + SHUFFLE(x[1], x[3], HIGH_PAIRS);
+    x[0] = SHUFFLE(x02, x13, LOW_PAIRS) + SHUFFLE(x02, x13, HIGH_PAIRS);
+#else
+    transpose_quads(x);
+    x[0] = (x[0] + x[2]) + (x[1] + x[3]);
+#endif
+}
+
 // to[j * to_row + i] = x[i * row + j] for i < WIDTH, j < 4.
 INLINE void transpose_copy(real *to, size_t to_row, const real *x, size_t row)
 {
@@ -1060,11 +1078,11 @@ static void gemm_blocked(real *c, size_t c_row, const real *a, size_t a_row, siz
 // product. So here the vectors run along p, for DOTS rows and four columns at once: lane l of a sum
 // takes every p with p % LANES == l; then the lanes of each block of four are added, the blocks, in
 // halves, and what is left of k. This order is not that of gemm_blocked.
-enum { FEW = 24, AHEAD = 16 }; // rows; columns that are called for before their turn
+enum { FEW = 64, AHEAD = 2048 }; // rows; numbers of b that are called for before their turn
 
-// c[rows,n] (+)= a[rows,k] b for columns b[0] .. b[3], of which the first n count.
-INLINE void gemm_dots(real *c, size_t c_row, const real *a, size_t a_row, const real *const b[4],
-                      size_t n, size_t k, int add, size_t rows)
+// c[rows,4] (+)= a[rows,k] b[k,4].
+INLINE void gemm_dots(real *c, size_t c_row, const real *a, size_t a_row, const real *b,
+                      size_t b_col, size_t k, int add, size_t rows)
 {
     vec zero = {0}, acc[DOTS][4];
     UNROLL for (size_t i = 0; i < rows; i++)
@@ -1073,7 +1091,7 @@ INLINE void gemm_dots(real *c, size_t c_row, const real *a, size_t a_row, const 
     for (; p + LANES <= k; p += LANES) {
         vec bp[4];
         UNROLL for (size_t l = 0; l < 4; l++) {
-            bp[l] = vec_load(b[l] + p);
+            bp[l] = vec_load(b + l * b_col + p);
             if (rows > 1) KEEP(bp[l]);
         }
         UNROLL for (size_t i = 0; i < rows; i++) {
@@ -1089,40 +1107,46 @@ INLINE void gemm_dots(real *c, size_t c_row, const real *a, size_t a_row, const 
         if (sizeof(vec) < sizeof(wide)) memset(lane, 0, sizeof lane);
         UNROLL for (size_t l = 0; l < 4; l++)
             memcpy(&lane[l], &acc[i][l], sizeof(vec));
-        transpose_quads(lane);
-        lane[0] = (lane[0] + lane[2]) + (lane[1] + lane[3]);
+        sum_quads(lane);
         memcpy(sum, &lane[0], sizeof(wide));
         UNROLL for (size_t half = QUADS / 2; half > 0; half /= 2)
             UNROLL for (size_t q = 0; q < half; q++)
                 sum[q] += sum[q + half];
         for (size_t q = p; q < k; q++) {
-            quad bq = {b[0][q], b[1][q], b[2][q], b[3][q]};
+            quad bq = {b[q], b[b_col + q], b[2 * b_col + q], b[3 * b_col + q]};
             sum[0] += a[i * a_row + q] * bq;
         }
         real *to = c + i * c_row;
-        if (n >= 4 && add) *(quad *)to += sum[0];
-        else if (n >= 4) *(quad *)to = sum[0];
-        else for (size_t l = 0; l < n; l++) to[l] = add ? to[l] + sum[0][l] : sum[0][l];
+        if (add) *(quad *)to += sum[0];
+        else *(quad *)to = sum[0];
     }
 }
 
 static void gemm_few_rows(real *c, size_t c_row, const real *a, size_t a_row, const real *b,
                           size_t b_col, size_t m, size_t n, size_t k, int add)
 {
-    for (size_t j = 0; j < n; j += 4) {
-        const real *bj[4];
-        for (size_t l = 0; l < 4; l++) bj[l] = b + min_size(j + l, n - 1) * b_col;
-        if (k <= 64 && j + AHEAD + 4 <= n) // too short for the processor to see where they lead
-            for (size_t l = 0; l < 4; l++)
-                for (size_t p = 0; p < k; p += 16)
-                    __builtin_prefetch(b + (j + AHEAD + l) * b_col + p);
-        size_t i = 0;
+    size_t ahead = 4 * ceil_div(AHEAD, 4 * k + 1);
+    size_t share = m > 1 ? 4 * k / m : k <= 64 ? 4 * k : 0;
+    for (size_t j = 0; j + 4 <= n; j += 4) {
+        const real *bj = b + j * b_col, *next = bj + ahead * b_col;
+        size_t i = 0, called = j + ahead + 4 <= n ? share : 0; // with each row
 #define ROWS_OF_DOTS(rows) \
-        for (; i + (rows) <= m; i += (rows)) \
-            gemm_dots(c + i * c_row + j, c_row, a + i * a_row, a_row, bj, n - j, k, add, rows);
+        for (; i + (rows) <= m; i += (rows)) { \
+            for (size_t p = i * called; p < (i + (rows)) * called; p += 16) \
+                __builtin_prefetch(next + p); \
+            gemm_dots(c + i * c_row + j, c_row, a + i * a_row, a_row, bj, b_col, k, add, rows); \
+        }
         ROWS_OF_DOTS(DOTS)
         ROWS_OF_DOTS(2)
         ROWS_OF_DOTS(1)
+    }
+    for (size_t j = n / 4 * 4; j < n; j++) { // as the last of four columns
+        size_t before = n < 4 ? 0 : 3 * b_col, step = n < 4 ? 0 : b_col;
+        for (size_t i = 0; i < m; i++) {
+            real dots[4], *to = c + i * c_row + j;
+            gemm_dots(dots, 4, a + i * a_row, a_row, b + j * b_col - before, step, k, SET, 1);
+            *to = add ? *to + dots[3] : dots[3];
+        }
     }
 }
 
@@ -1147,9 +1171,10 @@ static size_t group_end(Rows r, size_t e) { return r.offsets ? (size_t)r.offsets
 // tall as the threads allow and as wide as it packs at once; few rows are shared out by columns.
 typedef struct {
     size_t group, row, rows, col, cols; // row counts over all groups
+    int few;                            // the group has so few rows that they are not cut
 } Tile;
 
-enum { TILE_ROWS = 64 }; // at least, where there are so many
+enum { TILE_ROWS = FEW }; // at least, where there are so many
 
 static size_t tile_height(Rows r)
 {
@@ -1185,8 +1210,17 @@ static Tile find_tile(size_t i, Rows r, size_t cols)
     size_t panels = ceil_div(rows, MR), col = i % across * wide;
     size_t row = panels * (i / across) / down * MR;
     size_t end = min_size(panels * (i / across + 1) / down * MR, rows);
-    Tile t = {e, begin + row, end - row, col, min_size(wide, cols - col)};
+    Tile t = {e, begin + row, end - row, col, min_size(wide, cols - col), rows <= FEW};
     return t;
+}
+
+static void matmul_tile(real *out, const real *x, const real *w, Tile t, size_t O, size_t I,
+                        enum Mode mode)
+{
+    real *c = out + t.row * O + t.col;
+    const real *a = x + t.row * I, *b = w + (t.group * O + t.col) * I;
+    if (t.few) gemm_few_rows(c, O, a, I, b, I, t.rows, t.cols, I, mode);
+    else gemm_blocked(c, O, a, I, 1, b, 1, I, t.rows, t.cols, I, mode); // the same for any tiles
 }
 
 // out = x W^T for each group e: out[n,o] = sum_i x[n,i] W_e[o,i].
@@ -1198,11 +1232,14 @@ static void matmul_forward(real *out,     // [rows, O], set or added to; accum i
     METER(r.offsets ? "experts_forward" : __func__, 2.0 * r.rows * O * I,
           (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
     long tiles = count_tiles(r, O);
-    #pragma omp for schedule(dynamic)
-    for (long i = 0; i < tiles; i++) {
-        Tile t = find_tile((size_t)i, r, O);
-        gemm(out + t.row * O + t.col, O, x + t.row * I, I, 1,
-             w + (t.group * O + t.col) * I, 1, I, t.rows, t.cols, I, mode);
+    if (r.rows > 4 * TILE_ROWS) {
+        #pragma omp for schedule(dynamic)
+        for (long i = 0; i < tiles; i++)
+            matmul_tile(out, x, w, find_tile((size_t)i, r, O), O, I, mode);
+    } else { // to hand out tiles one by one would take longer than some of them
+        #pragma omp for schedule(static, 1)
+        for (long i = 0; i < tiles; i++)
+            matmul_tile(out, x, w, find_tile((size_t)i, r, O), O, I, mode);
     }
 }
 
@@ -1804,41 +1841,39 @@ static void latent_attention(real *out,         // [n, NH, Dv]
                              real *latent,      // [2, NH, n, Rkv] workspace: queries, sums
                              const real *q,     // [n, NH, Dn + Dr]
                              const real *w_b,   // [NH, Dn + Dv, Rkv]
-                             const real *c_kv,  // [slots, capacity, Rkv]
-                             const real *k_pe,  // [slots, capacity, Dr]
+                             const real *cache, // [slots, capacity, Rkv + Dr] c_kv, then k_pe
                              const int *slot,   // [n]
                              const int *pos,    // [n]
                              size_t n, size_t NH, size_t Dn, size_t Dr, size_t Dv, size_t Rkv,
                              size_t capacity, size_t window, double scale)
 {
     METER(__func__, 0, 0);
-    size_t Dq = Dn + Dr;
+    size_t Dq = Dn + Dr, ld = Rkv + Dr;
     real *sums = latent + n * NH * Rkv;
     #pragma omp for
     for (size_t h = 0; h < NH; h++)
         gemm(latent + h * n * Rkv, Rkv, q + h * Dq, NH * Dq, 1, w_b + h * (Dn + Dv) * Rkv,
              Rkv, 1, n, Rkv, Dn, SET);
-    #pragma omp for schedule(dynamic)
+    #pragma omp for schedule(static, 1)
     for (size_t i = 0; i < n; i++) { // all heads at once: they see the same latents
         size_t last = (size_t)pos[i], seen = min_size(last + 1, window), first = last + 1 - seen;
-        real *p = scratch(NH * seen), *o = sums + i * Rkv; // [NH, seen], [NH, Rkv]
+        real *qi = scratch(NH * (ld + seen)), *p = qi + NH * ld; // [NH, Rkv + Dr], [NH, seen]
+        real *o = sums + i * Rkv;                                // [NH, Rkv]
         size_t at, len, u;
+        for (size_t h = 0; h < NH; h++) {
+            memcpy(qi + h * ld, latent + (h * n + i) * Rkv, Rkv * sizeof(real));
+            memcpy(qi + h * ld + Rkv, q + (i * NH + h) * Dq + Dn, Dr * sizeof(real));
+        }
 #define EACH_PIECE /* of the ring, which may begin anew in between: `len` entries from `at` on */ \
     for (u = 0; u < seen && (at = (first + u) % capacity, \
                              len = min_size(seen - u, capacity - at), \
                              at += (size_t)slot[i] * capacity, 1); u += len)
-        EACH_PIECE {
-            gemm(p + u, seen, latent + i * Rkv, n * Rkv, 1, c_kv + at * Rkv, 1, Rkv, NH, len,
-                 Rkv, SET);
-            gemm(p + u, seen, q + i * NH * Dq + Dn, Dq, 1, k_pe + at * Dr, 1, Dr, NH, len, Dr,
-                 ADD);
-        }
+        EACH_PIECE gemm(p + u, seen, qi, ld, 1, cache + at * ld, 1, ld, NH, len, ld, SET);
         for (size_t h = 0; h < NH; h++) {
-            real *s = p + h * seen, max, sum = exp_row(s, &max, seen, (real)scale);
-            for (u = 0; u < seen; u++) s[u] /= sum;
+            real *s = p + h * seen, max, share = 1 / exp_row(s, &max, seen, (real)scale);
+            for (u = 0; u < seen; u++) s[u] *= share;
         }
-        EACH_PIECE gemm(o, n * Rkv, p + u, seen, 1, c_kv + at * Rkv, Rkv, 1, NH, Rkv, len,
-                        u > 0);
+        EACH_PIECE gemm(o, n * Rkv, p + u, seen, 1, cache + at * ld, ld, 1, NH, Rkv, len, u > 0);
     }
     #pragma omp for
     for (size_t h = 0; h < NH; h++)
@@ -1847,19 +1882,19 @@ static void latent_attention(real *out,         // [n, NH, Dv]
 }
 
 // Copies new entries into such a cache: row n goes to position pos[n] of sequence slot[n].
-static void cache_store(real *c_kv,          // [slots, capacity, Rkv]
-                        real *k_pe,          // [slots, capacity, Dr]
-                        const real *new_ckv, // [n, Rkv]
-                        const real *new_kpe, // [n, Dr]
-                        const int *slot,     // [n]
-                        const int *pos,      // [n]
+static void cache_store(real *cache,      // [slots, capacity, Rkv + Dr]
+                        const real *c_kv, // [n, Rkv]
+                        const real *k_pe, // [n, Dr]
+                        const int *slot,  // [n]
+                        const int *pos,   // [n]
                         size_t n, size_t Rkv, size_t Dr, size_t capacity)
 {
     #pragma omp for
     for (size_t i = 0; i < n; i++) {
         size_t at = (size_t)slot[i] * capacity + (size_t)pos[i] % capacity;
-        memcpy(c_kv + at * Rkv, new_ckv + i * Rkv, Rkv * sizeof(real));
-        memcpy(k_pe + at * Dr, new_kpe + i * Dr, Dr * sizeof(real));
+        real *entry = cache + at * (Rkv + Dr);
+        memcpy(entry, c_kv + i * Rkv, Rkv * sizeof(real));
+        memcpy(entry + Rkv, k_pe + i * Dr, Dr * sizeof(real));
     }
 }
 
@@ -2877,7 +2912,7 @@ typedef struct {
     size_t slots, capacity, window, max_rows, positions;
     Arena arena;
     LayerActs a;          // of the layer at work; h_prev: what the main head saw in the last call
-    real **c_kv, **k_pe;  // [L + D] of [slots, capacity, Rkv] and [slots, capacity, Dr]
+    real **cache;         // [L + D] of [slots, capacity, Rkv + Dr]: c_kv, then k_pe
     real *latent;         // [2, NH, max_rows, Rkv]
     int *token, *slot, *pos; // [max_rows] each, one after the other
     int *rows;            // [3, max_rows] the same in host memory
@@ -2891,9 +2926,8 @@ static void decoder_bind(Decoder *s)
     int sets = 0;
     s->arena.used = s->arena.reals = 0;
     for (size_t l = 0; l < layers(c); l++) {
-        size_t rows = size_mul(s->slots, s->capacity);
-        s->c_kv[l] = (real *)arena_take(&s->arena, size_mul(rows, c->Rkv), sizeof(real));
-        s->k_pe[l] = (real *)arena_take(&s->arena, size_mul(rows, c->Dr), sizeof(real));
+        size_t entries = size_mul(size_mul(s->slots, s->capacity), c->Rkv + c->Dr);
+        s->cache[l] = (real *)arena_take(&s->arena, entries, sizeof(real));
         sets |= layer_set(c, l);
     }
     layer_acts_bind(&s->arena, &s->a, c, sets, VALUE, s->max_rows);
@@ -2919,8 +2953,7 @@ static Decoder decoder_plan(const Model *m, size_t slots, size_t window, size_t 
     s.positions = positions;
     if (positions > INT_MAX)
         die(BAD_INPUT, "--tokens: a text of %zu tokens; at most %d are taken", positions, INT_MAX);
-    s.c_kv = (real **)host_alloc(layers(&m->config), sizeof(real *));
-    s.k_pe = (real **)host_alloc(layers(&m->config), sizeof(real *));
+    s.cache = (real **)host_alloc(layers(&m->config), sizeof(real *));
     s.rows = (int *)host_alloc(size_mul(3, max_rows), sizeof(int));
     s.slots = slots;
     decoder_bind(&s);
@@ -2943,8 +2976,7 @@ static void decoder_free(Decoder *s)
     device_free(s->arena.base);
     device_free(s->rope);
     free(s->rows);
-    free(s->c_kv);
-    free(s->k_pe);
+    free(s->cache);
 }
 
 // block_forward with the cache in attention's place: a.x -> a.y.
@@ -2956,10 +2988,9 @@ static void decode_block(const Decoder *s, LayerActs *a, size_t l, size_t n)
     size_t Dn = c->Dn, Dr = c->Dr, Dv = c->Dv;
     rmsnorm_forward(a->xn, a->rstd_x, a->x, w->attn_norm, n, C, C, C, c->eps);
     mla_project(a, w, c, s->pos, s->rope, n);
-    cache_store(s->c_kv[l], s->k_pe[l], a->c_kv, a->k_pe, s->slot, s->pos, n, Rkv, Dr,
-                s->capacity);
-    latent_attention(a->o, s->latent, a->q, w->wkv_b, s->c_kv[l], s->k_pe[l], s->slot, s->pos, n,
-                     NH, Dn, Dr, Dv, Rkv, s->capacity, s->window, attention_scale(c));
+    cache_store(s->cache[l], a->c_kv, a->k_pe, s->slot, s->pos, n, Rkv, Dr, s->capacity);
+    latent_attention(a->o, s->latent, a->q, w->wkv_b, s->cache[l], s->slot, s->pos, n, NH, Dn, Dr,
+                     Dv, Rkv, s->capacity, s->window, attention_scale(c));
     matmul_forward(a->h, a->o, w->wo, all_rows(n), C, NH * Dv, ADD);
     rmsnorm_forward(a->hn, a->rstd_h, a->h, w->ffn_norm, n, C, C, C, c->eps);
     ffn_forward(a, w, c, n);
@@ -2991,7 +3022,8 @@ static void decode_depth(const Decoder *s, size_t n)
 enum { ALONE = 2 << 20 };
 static int is_small(const Decoder *s, size_t n)
 {
-    return (double)n * active_weights(&s->m->config, &s->m->layout) <= ALONE;
+    return thread_count() == 1 ||
+           (double)n * active_weights(&s->m->config, &s->m->layout) <= ALONE;
 }
 
 // Runs n <= max_rows tokens through the main model. Leaves logits in a.logits [n, V] and, if there

@@ -3002,10 +3002,10 @@ static void cross_entropy_backward(real *dlogits, double scale,
 // A block a row and head: each warp takes every eighth position and keeps the largest score, the
 // sum of exp and that of exp c; at the end the eight are merged. Reads Rkv + Dr a position, all
 // heads but the first from L2.
-__global__ void latent_attention_kernel(real *latent, const real *q, const real *c_kv,
-                                        const real *k_pe, const int *slot, const int *pos, int n,
-                                        int NH, int Dn, int Dr, int Rkv, size_t capacity,
-                                        size_t window, float scale)
+__global__ void latent_attention_kernel(real *latent, const real *q, const real *cache,
+                                        const int *slot, const int *pos, int n, int NH, int Dn,
+                                        int Dr, int Rkv, size_t capacity, size_t window,
+                                        float scale)
 {
     enum { WARPS = BLOCK / WARP };
     DYNAMIC_SHARED(float, query);                       // [Rkv + Dr]
@@ -3023,14 +3023,13 @@ __global__ void latent_attention_kernel(real *latent, const real *q, const real 
     for (int j = lane; j < Rkv; j += WARP) mine[j] = 0;
     __syncthreads();
     for (size_t u = warp; u < seen; u += WARPS) {
-        size_t at = base + (first + u) % capacity;
+        const real *entry = cache + (base + (first + u) % capacity) * (Rkv + Dr);
         float score = 0;
-        for (int j = lane; j < Rkv; j += WARP) score += query[j] * (float)c_kv[at * Rkv + j];
-        for (int j = lane; j < Dr; j += WARP) score += query[Rkv + j] * (float)k_pe[at * Dr + j];
+        for (int j = lane; j < Rkv + Dr; j += WARP) score += query[j] * (float)entry[j];
         score = scale * warp_sum(score);
         float most = fmaxf(max, score), shrink = expf(max - most), weight = expf(score - most);
         for (int j = lane; j < Rkv; j += WARP)
-            mine[j] = mine[j] * shrink + weight * (float)c_kv[at * Rkv + j];
+            mine[j] = mine[j] * shrink + weight * (float)entry[j];
         total = total * shrink + weight;
         max = most;
     }
@@ -3058,9 +3057,9 @@ enum { HEADS = 16, FILL = 264 }; // blocks: two for each multiprocessor of an H1
 template <int RKV, int DR, int SEEN>
 __global__ void __launch_bounds__(FLASH_THREADS)
 flash_latent_kernel(float *part, // [rows and groups, shares, HEADS, RKV + 2]: sums, largest, total
-                    const real *latent, const real *q, const real *c_kv, const real *k_pe,
-                    const int *slot, const int *pos, int n, int NH, int Dn, int Dr, int Rkv,
-                    size_t capacity, size_t window, float log2_scale)
+                    const real *latent, const real *q, const real *cache, const int *slot,
+                    const int *pos, int n, int NH, int Dn, int Dr, int Rkv, size_t capacity,
+                    size_t window, float log2_scale)
 {
     constexpr int WIDTH = RKV + DR, LD = WIDTH + 8, LP = SEEN + 8;
     constexpr int WARPS = FLASH_THREADS / WARP, COLS = RKV / WARPS; // columns of sums a warp has
@@ -3090,8 +3089,8 @@ flash_latent_kernel(float *part, // [rows and groups, shares, HEADS, RKV + 2]: s
             size_t place = oldest + at + u;
             size_t entry = base + (place < capacity ? place : place - capacity);
             int valid = at + u < end && (r < 0 ? j < Rkv : r < Dr);
-            const real *from = r < 0 ? c_kv + entry * Rkv + j : k_pe + entry * Dr + r;
-            cp_async_16(ks + u * LD + j, valid ? from : c_kv, valid);
+            const real *from = cache + entry * (Rkv + Dr) + (r < 0 ? j : Rkv + r);
+            cp_async_16(ks + u * LD + j, valid ? from : cache, valid);
         }
         cp_async_commit();
         cp_async_wait<0>();
@@ -3209,9 +3208,9 @@ __global__ void merge_latent_kernel(real *latent, const float *part, int n, int 
 }
 
 template <int RKV, int DR, int SEEN>
-static void flash_latent(real *latent, const real *q, const real *c_kv, const real *k_pe,
-                         const int *slot, const int *pos, size_t n, size_t NH, size_t Dn, size_t Dr,
-                         size_t Rkv, size_t capacity, size_t window, double scale)
+static void flash_latent(real *latent, const real *q, const real *cache, const int *slot,
+                         const int *pos, size_t n, size_t NH, size_t Dn, size_t Dr, size_t Rkv,
+                         size_t capacity, size_t window, double scale)
 {
     size_t blocks = n * ceil_div(NH, HEADS), shares = FILL / blocks;
     float log2_scale = (float)scale * LOG2_E;
@@ -3221,7 +3220,7 @@ static void flash_latent(real *latent, const real *q, const real *c_kv, const re
     RUN_KERNEL((flash_latent_kernel<RKV, DR, SEEN>), dim3((unsigned)blocks, (unsigned)shares),
                FLASH_THREADS,
                ((HEADS + SEEN) * (RKV + DR + 8) + HEADS * (SEEN + 8)) * sizeof(real), part, latent,
-               q, c_kv, k_pe, slot, pos, (int)n, (int)NH, (int)Dn, (int)Dr, (int)Rkv, capacity,
+               q, cache, slot, pos, (int)n, (int)NH, (int)Dn, (int)Dr, (int)Rkv, capacity,
                window, log2_scale);
     RUN_KERNEL(merge_latent_kernel<RKV>, grid_of(n * NH, 1), 128, shares * sizeof(float), latent,
                part, (int)n, (int)NH, (int)Rkv, (int)shares, log2_scale);
@@ -3232,8 +3231,7 @@ static void latent_attention(real *out,         // [n, NH, Dv]
                              real *latent,      // [2, NH, n, Rkv] workspace: queries, sums
                              const real *q,     // [n, NH, Dn + Dr]
                              const real *w_b,   // [NH, Dn + Dv, Rkv]
-                             const real *c_kv,  // [slots, capacity, Rkv]
-                             const real *k_pe,  // [slots, capacity, Dr]
+                             const real *cache, // [slots, capacity, Rkv + Dr] c_kv, then k_pe
                              const int *slot,   // [n]
                              const int *pos,    // [n]
                              size_t n, size_t NH, size_t Dn, size_t Dr, size_t Dv, size_t Rkv,
@@ -3244,9 +3242,9 @@ static void latent_attention(real *out,         // [n, NH, Dv]
     int done = 0;
     gemm(latent, Rkv, q, 0, NH * Dq, w_b, 0, Rkv, n, Rkv, Dn, 0, NH, n * Rkv, Dq, step);
 #ifdef MOE_BF16
-    int wide = (Rkv | Dr | Dn) % WIDE == 0 && (AT(c_kv) | AT(k_pe) | AT(q) | AT(latent)) % 16 == 0;
+    int wide = (Rkv | Dr | Dn) % WIDE == 0 && (AT(cache) | AT(q) | AT(latent)) % 16 == 0;
     done = wide && Rkv <= 512 && Dr <= 64;
-#define LATENTS latent, q, c_kv, k_pe, slot, pos, n, NH, Dn, Dr, Rkv, capacity, window, scale
+#define LATENTS latent, q, cache, slot, pos, n, NH, Dn, Dr, Rkv, capacity, window, scale
     size_t large = n * ceil_div(NH, HEADS) * ceil_div(window, 64); // tiles: enough for all blocks?
     if (done && Rkv <= 64 && Dr <= 16) flash_latent<64, 16, 64>(LATENTS);
     else if (done && large >= FILL / 2) flash_latent<512, 64, 64>(LATENTS);
@@ -3254,34 +3252,30 @@ static void latent_attention(real *out,         // [n, NH, Dv]
 #endif
     if (!done)
         RUN_KERNEL(latent_attention_kernel, grid_of(n * NH, 1), BLOCK,
-                   (Rkv + Dr + BLOCK / WARP * Rkv) * sizeof(float), latent, q, c_kv, k_pe, slot,
-                   pos, (int)n, (int)NH, (int)Dn, (int)Dr, (int)Rkv, capacity, window,
-                   (float)scale);
+                   (Rkv + Dr + BLOCK / WARP * Rkv) * sizeof(float), latent, q, cache, slot, pos,
+                   (int)n, (int)NH, (int)Dn, (int)Dr, (int)Rkv, capacity, window, (float)scale);
     gemm(out, NH * Dv, latent + n * NH * Rkv, 0, Rkv, w_b + Dn * Rkv, 1, Rkv, n, Dv, Rkv, 0, NH, Dv,
          n * Rkv, step);
 }
 
 // Copies new entries into such a cache: row n goes to position pos[n] of sequence slot[n].
-__global__ void cache_store_kernel(real *c_kv, real *k_pe, const real *new_ckv, const real *new_kpe,
-                                   const int *slot, const int *pos, size_t Rkv, size_t Dr,
-                                   size_t capacity)
+__global__ void cache_store_kernel(real *cache, const real *c_kv, const real *k_pe, const int *slot,
+                                   const int *pos, size_t Rkv, size_t Dr, size_t capacity)
 {
     size_t n = blockIdx.x, at = (size_t)slot[n] * capacity + (size_t)pos[n] % capacity;
     for (size_t i = threadIdx.x; i < Rkv + Dr; i += blockDim.x)
-        if (i < Rkv) c_kv[at * Rkv + i] = new_ckv[n * Rkv + i];
-        else k_pe[at * Dr + i - Rkv] = new_kpe[n * Dr + i - Rkv];
+        cache[at * (Rkv + Dr) + i] = i < Rkv ? c_kv[n * Rkv + i] : k_pe[n * Dr + i - Rkv];
 }
 
-static void cache_store(real *c_kv,          // [slots, capacity, Rkv]
-                        real *k_pe,          // [slots, capacity, Dr]
-                        const real *new_ckv, // [n, Rkv]
-                        const real *new_kpe, // [n, Dr]
-                        const int *slot,     // [n]
-                        const int *pos,      // [n]
+static void cache_store(real *cache,      // [slots, capacity, Rkv + Dr]
+                        const real *c_kv, // [n, Rkv]
+                        const real *k_pe, // [n, Dr]
+                        const int *slot,  // [n]
+                        const int *pos,   // [n]
                         size_t n, size_t Rkv, size_t Dr, size_t capacity)
 {
-    RUN_KERNEL(cache_store_kernel, grid_of(n, 1), BLOCK, 0, c_kv, k_pe, new_ckv, new_kpe, slot, pos,
-               Rkv, Dr, capacity);
+    RUN_KERNEL(cache_store_kernel, grid_of(n, 1), BLOCK, 0, cache, c_kv, k_pe, slot, pos, Rkv, Dr,
+               capacity);
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -1666,7 +1666,7 @@ static void test_latent_attention(void)
         for (size_t j = 0; j < Rkv; j++) kv[i] += c_kv[i / NKV * Rkv + j] * w_b[i % NKV * Rkv + j];
     for (size_t window = 1; window <= T; window += 5) {
         size_t capacity = window + CHUNK;
-        real *c = reals(SLOTS * capacity * Rkv), *r = reals(SLOTS * capacity * Dr);
+        real *cache = reals(SLOTS * capacity * (Rkv + Dr));
         for (size_t s = 0; s < SLOTS; s++)
             naive_attention(plain + s * T * NOUT, q + s * T * NQ, kv + s * T * NKV,
                             k_pe + s * T * Dr, T, NH, Dn, Dr, Dv, window, 0.6);
@@ -1680,10 +1680,10 @@ static void test_latent_attention(void)
                 size_t at = (size_t)(slot[n] * T + pos[n]);
                 memcpy(rows + n * NQ, q + at * NQ, NQ * sizeof(real));
                 memcpy(expected + n * NOUT, plain + at * NOUT, NOUT * sizeof(real));
-                cache_store(c, r, c_kv + at * Rkv, k_pe + at * Dr, slot + n, pos + n, 1, Rkv, Dr,
+                cache_store(cache, c_kv + at * Rkv, k_pe + at * Dr, slot + n, pos + n, 1, Rkv, Dr,
                             capacity);
             }
-            latent_attention(out, latent, rows, w_b, c, r, slot, pos, n, NH, Dn, Dr, Dv, Rkv,
+            latent_attention(out, latent, rows, w_b, cache, slot, pos, n, NH, Dn, Dr, Dv, Rkv,
                              capacity, window, 0.6);
             within(relative_error(out, expected, n * NOUT), decode_tolerance(),
                    label("window %zu, position %zu", window, t));

@@ -345,11 +345,10 @@ static void latent(size_t n, size_t NH, size_t Dn, size_t Dr, size_t Dv, size_t 
     int *slot = random_ints("slot", n, slots), *pos = random_ints("pos", n, 3 * window);
     real *out = reals("out", n * NH * Dv), *work = reals("work", 2 * NH * n * Rkv);
     real *q = reals("q", n * NH * (Dn + Dr)), *w = reals("w", NH * (Dn + Dv) * Rkv);
-    real *c_kv = reals("c_kv", slots * capacity * Rkv), *new_ckv = reals("new", Rkv);
-    real *k_pe = reals("k_pe", slots * capacity * Dr), *new_kpe = reals("new k_pe", Dr);
-    cache_store(c_kv, k_pe, new_ckv, new_kpe, slot, pos, 1, Rkv, Dr, capacity);
-    latent_attention(out, work, q, w, c_kv, k_pe, slot, pos, n, NH, Dn, Dr, Dv, Rkv, capacity,
-                     window, 1 / sqrt((double)(Dn + Dr)));
+    real *cache = reals("cache", slots * capacity * (Rkv + Dr));
+    cache_store(cache, reals("c_kv", Rkv), reals("k_pe", Dr), slot, pos, 1, Rkv, Dr, capacity);
+    latent_attention(out, work, q, w, cache, slot, pos, n, NH, Dn, Dr, Dv, Rkv, capacity, window,
+                     1 / sqrt((double)(Dn + Dr)));
     finish();
 }
 
