@@ -1122,6 +1122,9 @@ INLINE void gemm_dots(real *c, size_t c_row, const real *a, size_t a_row, const 
     }
 }
 
+// Of the columns that come `ahead`, one after the other in memory, a part is called in with each row
+// of a: all at once would hold up the product. Where a has one row the processor sees by itself
+// where columns lead, unless they are short.
 static void gemm_few_rows(real *c, size_t c_row, const real *a, size_t a_row, const real *b,
                           size_t b_col, size_t m, size_t n, size_t k, int add)
 {
@@ -1171,7 +1174,7 @@ static size_t group_end(Rows r, size_t e) { return r.offsets ? (size_t)r.offsets
 // tall as the threads allow and as wide as it packs at once; few rows are shared out by columns.
 typedef struct {
     size_t group, row, rows, col, cols; // row counts over all groups
-    int few;                            // the group has so few rows that they are not cut
+    int few;                            // whether the group has too few rows to be cut
 } Tile;
 
 enum { TILE_ROWS = FEW }; // at least, where there are so many
@@ -1219,8 +1222,9 @@ static void matmul_tile(real *out, const real *x, const real *w, Tile t, size_t 
 {
     real *c = out + t.row * O + t.col;
     const real *a = x + t.row * I, *b = w + (t.group * O + t.col) * I;
+    // asked of the group, so that the bits do not depend on how many threads cut it
     if (t.few) gemm_few_rows(c, O, a, I, b, I, t.rows, t.cols, I, mode);
-    else gemm_blocked(c, O, a, I, 1, b, 1, I, t.rows, t.cols, I, mode); // the same for any tiles
+    else gemm_blocked(c, O, a, I, 1, b, 1, I, t.rows, t.cols, I, mode);
 }
 
 // out = x W^T for each group e: out[n,o] = sum_i x[n,i] W_e[o,i].
@@ -3017,8 +3021,8 @@ static void decode_depth(const Decoder *s, size_t n)
     head_forward(s->m, &a, 1, n);
 }
 
-// The work up to which one thread is faster than several that wait for each other: tokens times the
-// weights that each meets.
+// The work up to which one thread is faster than several, or one as a team, which waits at each
+// operation's end: tokens times the weights that each meets.
 enum { ALONE = 2 << 20 };
 static int is_small(const Decoder *s, size_t n)
 {
