@@ -764,19 +764,23 @@ static inline real fast_exp(real x)
 }
 #endif
 
-// s_u = exp(scale (s_u - max s)) for n numbers; returns their sum.
-static accum exp_row(real *s, real *max, size_t n, real scale)
+static real row_max(const real *s, size_t n)
 {
-    real most = -INFINITY;
+    real max = -INFINITY;
+    #pragma omp simd reduction(max : max)
+    for (size_t u = 0; u < n; u++) max = s[u] > max ? s[u] : max;
+    return max;
+}
+
+// s_u = exp(scale (s_u - max)) for n numbers; returns their sum.
+static accum exp_row(real *s, real max, size_t n, real scale)
+{
     accum sum = 0;
-    #pragma omp simd reduction(max : most)
-    for (size_t u = 0; u < n; u++) most = s[u] > most ? s[u] : most;
     #pragma omp simd reduction(+ : sum)
     for (size_t u = 0; u < n; u++) {
-        s[u] = fast_exp(scale * (s[u] - most));
+        s[u] = fast_exp(scale * (s[u] - max));
         sum += s[u];
     }
-    *max = most;
     return sum;
 }
 
@@ -1122,8 +1126,8 @@ INLINE void gemm_dots(real *c, size_t c_row, const real *a, size_t a_row, const 
     }
 }
 
-// Of the columns that come `ahead`, one after the other in memory, a part is called in with each row
-// of a: all at once would hold up the product. Where a has one row the processor sees by itself
+// Of the columns that come `ahead`, one after the other in memory, a part is called in with each
+// row of a: all at once would hold up the product. Where a has one row the processor sees by itself
 // where columns lead, unless they are short.
 static void gemm_few_rows(real *c, size_t c_row, const real *a, size_t a_row, const real *b,
                           size_t b_col, size_t m, size_t n, size_t k, int add)
@@ -1512,15 +1516,20 @@ static void attention_forward(real *out,        // [B, T, NH, Dv]
         for (size_t t = 0; t < T; t += ATTENTION_BLOCK) {
             size_t rows = min_size(ATTENTION_BLOCK, T - t), cols = t + rows, ld = PADDED(cols);
             real *ot = out + ((b * T + t) * NH + h) * Dv;
+            size_t end[ATTENTION_BLOCK];
+            real max[ATTENTION_BLOCK];
             accum sum[ATTENTION_BLOCK];
             gemm_packed(p, ld, q + ((b * T + t) * NH + h) * Dq, NH * Dq, 1, k, NR * Dq, rows,
                         ld, Dq, SET);
+            // loop by loop over all rows: of one alone each number waits for the one before
             for (size_t i = 0; i < rows; i++) {
-                real *s = p + i * ld, max;
-                size_t end = mask_row(s, t + i + 1, cols);
-                sum[i] = exp_row(s, &max, end, (real)scale);
-                lse[bh * T + t + i] = (accum)(scale * max + log((double)sum[i]));
+                end[i] = mask_row(p + i * ld, t + i + 1, cols);
+                max[i] = row_max(p + i * ld, end[i]);
             }
+            for (size_t i = 0; i < rows; i++)
+                sum[i] = exp_row(p + i * ld, max[i], end[i], (real)scale);
+            for (size_t i = 0; i < rows; i++)
+                lse[bh * T + t + i] = (accum)(scale * max[i] + log((double)sum[i]));
             gemm_packed(ot, NH * Dv, p, ld, 1, v, NR * T, rows, Dv, cols, SET);
             for (size_t i = 0; i < rows; i++)
                 for (size_t j = 0; j < Dv; j++) ot[i * NH * Dv + j] /= sum[i];
@@ -1874,7 +1883,8 @@ static void latent_attention(real *out,         // [n, NH, Dv]
                              at += (size_t)slot[i] * capacity, 1); u += len)
         EACH_PIECE gemm(p + u, seen, qi, ld, 1, cache + at * ld, 1, ld, NH, len, ld, SET);
         for (size_t h = 0; h < NH; h++) {
-            real *s = p + h * seen, max, share = 1 / exp_row(s, &max, seen, (real)scale);
+            real *s = p + h * seen;
+            real share = 1 / exp_row(s, row_max(s, seen), seen, (real)scale);
             for (u = 0; u < seen; u++) s[u] *= share;
         }
         EACH_PIECE gemm(o, n * Rkv, p + u, seen, 1, cache + at * ld, ld, 1, NH, Rkv, len, u > 0);
