@@ -1183,6 +1183,9 @@ typedef struct {
 
 enum { TILE_ROWS = FEW }; // at least, where there are so many
 
+// Of these to hand out tiles one by one would take longer than some of them.
+static int are_few(Rows r) { return r.rows <= 4 * TILE_ROWS; }
+
 static size_t tile_height(Rows r)
 {
     size_t tall = ceil_div(r.rows, 2 * (size_t)team_size());
@@ -1240,11 +1243,11 @@ static void matmul_forward(real *out,     // [rows, O], set or added to; accum i
     METER(r.offsets ? "experts_forward" : __func__, 2.0 * r.rows * O * I,
           (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
     long tiles = count_tiles(r, O);
-    if (r.rows > 4 * TILE_ROWS) {
+    if (!are_few(r)) {
         #pragma omp for schedule(dynamic)
         for (long i = 0; i < tiles; i++)
             matmul_tile(out, x, w, find_tile((size_t)i, r, O), O, I, mode);
-    } else { // to hand out tiles one by one would take longer than some of them
+    } else {
         #pragma omp for schedule(static, 1)
         for (long i = 0; i < tiles; i++)
             matmul_tile(out, x, w, find_tile((size_t)i, r, O), O, I, mode);
@@ -1339,6 +1342,8 @@ static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const accum 
         for (size_t i = 0; i < C; i++) dw[i] += part[k * C + i];
 }
 
+static inline real swiglu(real gate, real up) { return gate * sigmoid(gate) * up; }
+
 // act = silu(gate) * up, silu(z) = z sigmoid(z).
 static void swiglu_forward(real *act,        // [n]
                            const real *gate, // [n]
@@ -1347,7 +1352,7 @@ static void swiglu_forward(real *act,        // [n]
 {
     METER(__func__, 0, 3 * n * sizeof(real));
     #pragma omp for simd
-    for (size_t i = 0; i < n; i++) act[i] = gate[i] * sigmoid(gate[i]) * up[i];
+    for (size_t i = 0; i < n; i++) act[i] = swiglu(gate[i], up[i]);
 }
 
 // act = silu(gate) up; silu'(z) = s + z s (1 - s) with s = sigmoid(z).
@@ -1372,9 +1377,24 @@ static void gate_up_forward(real *act,          // [rows, F]
                             const real *w_up,   // [groups, F, C]
                             Rows r, size_t C, size_t F)
 {
-    matmul_forward(gate, x, w_gate, r, F, C, SET);
-    matmul_forward(up, x, w_up, r, F, C, SET);
-    swiglu_forward(act, gate, up, r.rows * F);
+    if (!are_few(r)) {
+        matmul_forward(gate, x, w_gate, r, F, C, SET);
+        matmul_forward(up, x, w_up, r, F, C, SET);
+        swiglu_forward(act, gate, up, r.rows * F);
+        return;
+    }
+    METER(r.offsets ? "experts_forward" : "matmul_forward", 4.0 * r.rows * C * F,
+          (r.rows * (C + 3 * F) + 2 * r.groups * C * F) * sizeof(real));
+    long tiles = count_tiles(r, F);
+    #pragma omp for schedule(static, 1)
+    for (long i = 0; i < tiles; i++) { // all of a tile at once, so that threads wait once
+        Tile t = find_tile((size_t)i, r, F);
+        matmul_tile(gate, x, w_gate, t, F, C, SET);
+        matmul_tile(up, x, w_up, t, F, C, SET);
+        for (size_t n = t.row; n < t.row + t.rows; n++)
+            for (size_t j = n * F + t.col; j < n * F + t.col + t.cols; j++)
+                act[j] = swiglu(gate[j], up[j]);
+    }
 }
 
 // gate = W_gate x, up = W_up x: dx = dgate W_gate + dup W_up.
