@@ -1342,9 +1342,9 @@ static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const accum 
         for (size_t i = 0; i < C; i++) dw[i] += part[k * C + i];
 }
 
-static inline real swiglu(real gate, real up) { return gate * sigmoid(gate) * up; }
+static inline real silu(real z) { return z * sigmoid(z); }
 
-// act = silu(gate) * up, silu(z) = z sigmoid(z).
+// act = silu(gate) * up.
 static void swiglu_forward(real *act,        // [n]
                            const real *gate, // [n]
                            const real *up,   // [n]
@@ -1352,7 +1352,7 @@ static void swiglu_forward(real *act,        // [n]
 {
     METER(__func__, 0, 3 * n * sizeof(real));
     #pragma omp for simd
-    for (size_t i = 0; i < n; i++) act[i] = swiglu(gate[i], up[i]);
+    for (size_t i = 0; i < n; i++) act[i] = silu(gate[i]) * up[i];
 }
 
 // act = silu(gate) up; silu'(z) = s + z s (1 - s) with s = sigmoid(z).
@@ -1393,7 +1393,7 @@ static void gate_up_forward(real *act,          // [rows, F]
         matmul_tile(up, x, w_up, t, F, C, SET);
         for (size_t n = t.row; n < t.row + t.rows; n++)
             for (size_t j = n * F + t.col; j < n * F + t.col + t.cols; j++)
-                act[j] = swiglu(gate[j], up[j]);
+                act[j] = silu(gate[j]) * up[j];
     }
 }
 
