@@ -138,15 +138,15 @@ static size_t size_mul(size_t a, size_t b)
 // Zeroed memory, never NULL.
 static void *host_alloc(size_t count, size_t size)
 {
-    enum { LINE = 64, PAGE = 1 << 21 };
-    size_t bytes = size_mul(count, size), unit = bytes < 2 * PAGE ? LINE : PAGE;
+    enum { CACHE_LINE = 64, LARGE_PAGE = 1 << 21 };
+    size_t bytes = size_mul(count, size), unit = bytes < 2 * LARGE_PAGE ? CACHE_LINE : LARGE_PAGE;
     size_t rounded = bytes ? ceil_div(bytes, unit) * unit : unit;
     void *p = aligned_alloc(unit, rounded);
     if (!p)
         die(FAILED, "out of memory asking for %.1f MB; use a smaller model, --batch or --seq",
             (double)bytes * 1e-6);
 #ifdef MADV_HUGEPAGE // Linux may need to be asked for large pages, which are found faster
-    if (unit == PAGE) madvise(p, rounded, MADV_HUGEPAGE);
+    if (unit == LARGE_PAGE) madvise(p, rounded, MADV_HUGEPAGE);
 #endif
     memset(p, 0, bytes);
     return p;
@@ -1178,12 +1178,11 @@ static size_t group_end(Rows r, size_t e) { return r.offsets ? (size_t)r.offsets
 // tall as the threads allow and as wide as it packs at once; few rows are shared out by columns.
 typedef struct {
     size_t group, row, rows, col, cols; // row counts over all groups
-    int few;                            // whether the group has too few rows to be cut
 } Tile;
 
 enum { TILE_ROWS = FEW }; // at least, where there are so many
 
-// Of these to hand out tiles one by one would take longer than some of them.
+// Rows of which some tiles take less time than to hand them out one by one.
 static int are_few(Rows r) { return r.rows <= 4 * TILE_ROWS; }
 
 static size_t tile_height(Rows r)
@@ -1220,17 +1219,18 @@ static Tile find_tile(size_t i, Rows r, size_t cols)
     size_t panels = ceil_div(rows, MR), col = i % across * wide;
     size_t row = panels * (i / across) / down * MR;
     size_t end = min_size(panels * (i / across + 1) / down * MR, rows);
-    Tile t = {e, begin + row, end - row, col, min_size(wide, cols - col), rows <= FEW};
+    Tile t = {e, begin + row, end - row, col, min_size(wide, cols - col)};
     return t;
 }
 
-static void matmul_tile(real *out, const real *x, const real *w, Tile t, size_t O, size_t I,
+static void matmul_tile(real *out, const real *x, const real *w, Rows r, Tile t, size_t O, size_t I,
                         enum Mode mode)
 {
     real *c = out + t.row * O + t.col;
     const real *a = x + t.row * I, *b = w + (t.group * O + t.col) * I;
-    // asked of the group, so that the bits do not depend on how many threads cut it
-    if (t.few) gemm_few_rows(c, O, a, I, b, I, t.rows, t.cols, I, mode);
+    // of the group, not the tile: the bits must not depend on how many threads cut it
+    size_t rows = group_end(r, t.group) - group_begin(r, t.group);
+    if (rows <= FEW) gemm_few_rows(c, O, a, I, b, I, t.rows, t.cols, I, mode);
     else gemm_blocked(c, O, a, I, 1, b, 1, I, t.rows, t.cols, I, mode);
 }
 
@@ -1246,11 +1246,11 @@ static void matmul_forward(real *out,     // [rows, O], set or added to; accum i
     if (!are_few(r)) {
         #pragma omp for schedule(dynamic)
         for (long i = 0; i < tiles; i++)
-            matmul_tile(out, x, w, find_tile((size_t)i, r, O), O, I, mode);
+            matmul_tile(out, x, w, r, find_tile((size_t)i, r, O), O, I, mode);
     } else {
         #pragma omp for schedule(static, 1)
         for (long i = 0; i < tiles; i++)
-            matmul_tile(out, x, w, find_tile((size_t)i, r, O), O, I, mode);
+            matmul_tile(out, x, w, r, find_tile((size_t)i, r, O), O, I, mode);
     }
 }
 
@@ -1389,8 +1389,8 @@ static void gate_up_forward(real *act,          // [rows, F]
     #pragma omp for schedule(static, 1)
     for (long i = 0; i < tiles; i++) { // all of a tile at once, so that threads wait once
         Tile t = find_tile((size_t)i, r, F);
-        matmul_tile(gate, x, w_gate, t, F, C, SET);
-        matmul_tile(up, x, w_up, t, F, C, SET);
+        matmul_tile(gate, x, w_gate, r, t, F, C, SET);
+        matmul_tile(up, x, w_up, r, t, F, C, SET);
         for (size_t n = t.row; n < t.row + t.rows; n++)
             for (size_t j = n * F + t.col; j < n * F + t.col + t.cols; j++)
                 act[j] = silu(gate[j]) * up[j];
@@ -1837,10 +1837,8 @@ static void cross_entropy_forward(accum *loss,        // [N] -log p(target)
     #pragma omp for
     for (size_t n = 0; n < N; n++) {
         const real *z = logits + n * V;
-        real max = -INFINITY;
+        real max = row_max(z, V);
         accum sum = 0;
-        #pragma omp simd reduction(max : max)
-        for (size_t v = 0; v < V; v++) max = z[v] > max ? z[v] : max;
         #pragma omp simd reduction(+ : sum)
         for (size_t v = 0; v < V; v++) sum += fast_exp(beta * (z[v] - max));
         lse[n] = (accum)(beta * max + log((double)sum));

@@ -389,8 +389,8 @@ static void gate_up_op(Op *o)
 
 static void test_gate_up_gradient(void)
 {
-    static const size_t size[][3] = {{1, 1, 1}, {12, 5, 3}, {24, 17, 13}}; // rows, C, F
-    for (size_t i = 0; i < 3 * 4; i++) {
+    static const size_t size[][3] = {{1, 1, 1}, {12, 5, 3}, {24, 17, 13}, {90, 3, 5}, {300, 2, 3}};
+    for (size_t i = 0; i < 5 * 4; i++) { // rows, C, F: few, and more than those
         const size_t *s = size[i / 4], N = s[0], C = s[1], F = s[2], groups = i % 2 ? 5 : 1;
         Op o = op_make(gate_up_op, s, N * F, N * C, groups * F * C, groups * F * C);
         real *dgate = reals(N * F), *dup = reals(N * F);
