@@ -43,6 +43,7 @@ A pointer's comment gives its shape, rows first. An operation's outputs come bef
 #include <limits.h>
 #include <math.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -551,8 +552,8 @@ static void tensor_name(char name[NAME_MAX_LENGTH], const char *prefix, const Te
 // A gradient has the shape of what it is the gradient of. Those of norms and the embedding are
 // added to, the others set unless a mode says ADD.
 //
-// The threads of a team call an operation together, with the same arguments, and share out its
-// loops (omp for, at whose end they wait for each other); a thread that calls it alone does all of
+// The threads of a team call an operation together, with the same arguments, share out its loops
+// (omp for) and wait for each other at its end (team_wait); a thread that calls it alone does all of
 // it. So a whole pass through the model takes one parallel region, and a small one none.
 #if defined _OPENMP && !defined MOE_CUDA // on a GPU one thread gives the orders
 #define TEAM _Pragma("omp parallel")
@@ -648,6 +649,40 @@ typedef struct {
 #include "moe.cu" // the same operations, under the same names and in the same order
 #else
 
+static int team_size(void)
+{
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
+// Waits for the other threads of the team, and sees what they wrote. OpenMP's barrier would do, but
+// libgomp's makes a system call each time, and spins for milliseconds even where another program has
+// the core of the thread that is waited for.
+#if defined __x86_64__
+#define PAUSE() __builtin_ia32_pause()
+#elif defined __aarch64__
+#define PAUSE() __asm__ volatile("yield")
+#else
+#define PAUSE() (void)0
+#endif
+static void team_wait(void)
+{
+    enum { SPINS = 1000 }; // some 20 us
+    static struct { unsigned n, pad[31]; } arrived, turn; // far apart: not in one cache line
+    unsigned team = (unsigned)team_size(), before = __atomic_load_n(&turn.n, __ATOMIC_RELAXED);
+    if (team == 1) return;
+    if (__atomic_add_fetch(&arrived.n, 1, __ATOMIC_ACQ_REL) == team) {
+        __atomic_store_n(&arrived.n, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&turn.n, before + 1, __ATOMIC_RELEASE);
+    }
+    for (int spins = 0; __atomic_load_n(&turn.n, __ATOMIC_ACQUIRE) == before; spins++)
+        if (spins < SPINS) PAUSE();
+        else sched_yield();
+}
+
 // Memory that operations work on, its contents undefined. Here it is the host's; on a GPU not.
 static void *device_alloc(size_t bytes) { return host_alloc(bytes, 1); }
 static void device_free(void *p) { free(p); }
@@ -656,16 +691,18 @@ enum { PIECE = 1 << 14 }; // bytes that a thread moves at a time
 static void device_zero(void *p, size_t bytes)
 {
     METER(__func__, 0, bytes);
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t at = 0; at < bytes; at += PIECE)
         memset((char *)p + at, 0, min_size(PIECE, bytes - at));
+    team_wait();
 }
 static void device_copy(void *to, const void *from, size_t bytes)
 {
     METER(__func__, 0, 2 * bytes);
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t at = 0; at < bytes; at += PIECE)
         memcpy((char *)to + at, (const char *)from + at, min_size(PIECE, bytes - at));
+    team_wait();
 }
 static void to_device(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 static void to_host(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
@@ -693,15 +730,6 @@ static double free_memory(void)
     return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / local_ranks;
 }
 
-static int team_size(void)
-{
-#ifdef _OPENMP
-    return omp_get_num_threads();
-#else
-    return 1;
-#endif
-}
-
 // Scratch memory, kept from call to call: of the calling thread alone, and of its team.
 static real *scratch(size_t n)
 {
@@ -719,12 +747,12 @@ static real *team_scratch(size_t n)
 {
     static real *memory;
     static size_t size;
-    #pragma omp single
-    if (n > size) {
+    if (thread_number() == 0 && n > size) {
         free(memory);
         memory = (real *)host_alloc(n, sizeof(real));
         size = n;
     }
+    team_wait();
     return memory;
 }
 
@@ -1244,14 +1272,15 @@ static void matmul_forward(real *out,     // [rows, O], set or added to; accum i
           (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
     long tiles = count_tiles(r, O);
     if (!are_few(r)) {
-        #pragma omp for schedule(dynamic)
+        #pragma omp for schedule(dynamic) nowait
         for (long i = 0; i < tiles; i++)
             matmul_tile(out, x, w, r, find_tile((size_t)i, r, O), O, I, mode);
     } else {
-        #pragma omp for schedule(static, 1)
+        #pragma omp for schedule(static, 1) nowait
         for (long i = 0; i < tiles; i++)
             matmul_tile(out, x, w, r, find_tile((size_t)i, r, O), O, I, mode);
     }
+    team_wait();
 }
 
 // out = x W^T: dx[n,i] = sum_o dout[n,o] W_e[o,i].
@@ -1261,12 +1290,13 @@ static void matmul_backward_x(real *dx, const real *dout, const real *w, Rows r,
     METER(r.offsets ? "experts_backward_x" : __func__, 2.0 * r.rows * O * I,
           (r.rows * (I + O) + r.groups * O * I) * sizeof(real));
     long tiles = count_tiles(r, I);
-    #pragma omp for schedule(dynamic)
+    #pragma omp for schedule(dynamic) nowait
     for (long i = 0; i < tiles; i++) {
         Tile t = find_tile((size_t)i, r, I);
         gemm(dx + t.row * I + t.col, I, dout + t.row * O, O, 1,
              w + t.group * O * I + t.col, I, 1, t.rows, t.cols, O, mode);
     }
+    team_wait();
 }
 
 // out = x W^T: dW_e[o,i] = sum_n dout[n,o] x[n,i].
@@ -1279,13 +1309,14 @@ static void matmul_backward_w(accum *dw, const real *dout, const real *x, Rows r
     if (r.groups < 2 * threads) tall = ceil_div(ceil_div(O, threads), MR) * MR;
     if (tall < 48) tall = 48;
     size_t down = ceil_div(O, tall), across = ceil_div(I, NC);
-    #pragma omp for schedule(dynamic)
+    #pragma omp for schedule(dynamic) nowait
     for (long t = 0; t < (long)(r.groups * down * across); t++) {
         size_t e = (size_t)t / (down * across), begin = group_begin(r, e);
         size_t o = (size_t)t / across % down * tall, i = (size_t)t % across * NC;
         gemm(dw + (e * O + o) * I + i, I, dout + begin * O + o, 1, O, x + begin * I + i, I, 1,
              min_size(tall, O - o), min_size(NC, I - i), group_end(r, e) - begin, mode);
     }
+    team_wait();
 }
 
 // out = x / rms(x) * w over rows of C numbers that stand ld_out and ld_x apart.
@@ -1296,7 +1327,7 @@ static void rmsnorm_forward(real *out,      // [N, C]
                             size_t N, size_t C, size_t ld_out, size_t ld_x, double eps)
 {
     METER(__func__, 0, N * C * (sizeof(accum) + sizeof(real)));
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t n = 0; n < N; n++) {
         const accum *xn = x + n * ld_x;
         accum sum = 0;
@@ -1306,6 +1337,7 @@ static void rmsnorm_forward(real *out,      // [N, C]
         rstd[n] = r;
         for (size_t i = 0; i < C; i++) out[n * ld_out + i] = xn[i] * r * w[i];
     }
+    team_wait();
 }
 
 // out_i = x_i r w_i with r = (mean_j x_j^2 + eps)^(-1/2):
@@ -1318,7 +1350,7 @@ static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const accum 
     enum { ROWS = 64 }; // whose dw is summed apart, so that nobody shares a sum
     size_t parts = ceil_div(N, ROWS);
     accum *part = team_scratch(parts * C);
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t k = 0; k < parts; k++) {
         accum *dw_k = part + k * C;
         memset(dw_k, 0, C * sizeof(accum));
@@ -1337,9 +1369,10 @@ static void rmsnorm_backward(real *dx, accum *dw, const real *dout, const accum 
             }
         }
     }
-    #pragma omp single
-    for (size_t k = 0; k < parts; k++)
+    team_wait();
+    for (size_t k = 0; k < parts && thread_number() == 0; k++)
         for (size_t i = 0; i < C; i++) dw[i] += part[k * C + i];
+    team_wait();
 }
 
 static inline real silu(real z) { return z * sigmoid(z); }
@@ -1351,8 +1384,9 @@ static void swiglu_forward(real *act,        // [n]
                            size_t n)
 {
     METER(__func__, 0, 3 * n * sizeof(real));
-    #pragma omp for simd
+    #pragma omp for simd nowait
     for (size_t i = 0; i < n; i++) act[i] = silu(gate[i]) * up[i];
+    team_wait();
 }
 
 // act = silu(gate) up; silu'(z) = s + z s (1 - s) with s = sigmoid(z).
@@ -1360,12 +1394,13 @@ static void swiglu_backward(real *dgate, real *dup, const real *dact, const real
                             const real *up, size_t n)
 {
     METER(__func__, 0, 5 * n * sizeof(real));
-    #pragma omp for simd
+    #pragma omp for simd nowait
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(gate[i]), silu = gate[i] * s;
         dup[i] = dact[i] * silu;
         dgate[i] = dact[i] * up[i] * (s + silu * (1 - s));
     }
+    team_wait();
 }
 
 // gate = W_gate x, up = W_up x, act = silu(gate) up: the first half of an MLP.
@@ -1386,7 +1421,7 @@ static void gate_up_forward(real *act,          // [rows, F]
     METER(r.offsets ? "experts_forward" : "matmul_forward", 4.0 * r.rows * C * F,
           (r.rows * (C + 3 * F) + 2 * r.groups * C * F) * sizeof(real));
     long tiles = count_tiles(r, F);
-    #pragma omp for schedule(static, 1)
+    #pragma omp for schedule(static, 1) nowait
     for (long i = 0; i < tiles; i++) { // all of a tile at once, so that threads wait once
         Tile t = find_tile((size_t)i, r, F);
         matmul_tile(gate, x, w_gate, r, t, F, C, SET);
@@ -1395,6 +1430,7 @@ static void gate_up_forward(real *act,          // [rows, F]
             for (size_t j = n * F + t.col; j < n * F + t.col + t.cols; j++)
                 act[j] = silu(gate[j]) * up[j];
     }
+    team_wait();
 }
 
 // gate = W_gate x, up = W_up x: dx = dgate W_gate + dup W_up.
@@ -1412,9 +1448,10 @@ static void embedding_forward(accum *out,       // [N, C]
                               size_t N, size_t C)
 {
     METER(__func__, 0, N * C * (sizeof(real) + sizeof(accum)));
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t n = 0; n < N; n++)
         memcpy(out + n * C, w + (size_t)token[n] * C, C * sizeof(real));
+    team_wait();
 }
 
 // out[n] = w[token[n]]: dw[token[n]] += dout[n].
@@ -1422,12 +1459,13 @@ static void embedding_backward(accum *dw, const real *dout, const int *token, si
 {
     METER(__func__, 0, 2 * N * C * sizeof(real));
     enum { STRIP = 32 }; // columns that a thread sums alone, so that nobody shares a sum
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t begin = 0; begin < C; begin += STRIP) {
         size_t end = min_size(C, begin + STRIP);
         for (size_t n = 0; n < N; n++)
             for (size_t i = begin; i < end; i++) dw[(size_t)token[n] * C + i] += dout[n * C + i];
     }
+    team_wait();
 }
 
 // Rows of a longer sequence that a shorter one keeps: out[b,t] = in[b,t] for t < T.
@@ -1435,19 +1473,21 @@ static void crop_forward(accum *out,     // [B, T, C]
                          const real *in, // [B, Tin, C], Tin >= T
                          size_t B, size_t T, size_t Tin, size_t C)
 {
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t b = 0; b < B; b++)
         memcpy(out + b * T * C, in + b * Tin * C, T * C * sizeof(real));
+    team_wait();
 }
 
 // out[b,t] = in[b,t]: din[b,t] = dout[b,t] for t < T, 0 after.
 static void crop_backward(real *din, const real *dout, size_t B, size_t T, size_t Tin, size_t C)
 {
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t b = 0; b < B; b++) {
         memcpy(din + b * Tin * C, dout + b * T * C, T * C * sizeof(real));
         memset(din + (b * Tin + T) * C, 0, (Tin - T) * C * sizeof(real));
     }
+    team_wait();
 }
 
 // Turns the pair (x_2j, x_2j+1) of a row at position p by the angle p theta_j, whose cosine and
@@ -1456,7 +1496,7 @@ static void crop_backward(real *din, const real *dout, size_t B, size_t T, size_
 static void rope_turn(real *out, const real *x, const int *pos, const accum *table, accum sign,
                       size_t N, size_t heads, size_t Dr, size_t ld_out, size_t ld_x, size_t head)
 {
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t n = 0; n < N; n++)
         for (size_t h = 0; h < heads; h++) {
             const accum *angle = table + (size_t)pos[n] * Dr;
@@ -1468,6 +1508,7 @@ static void rope_turn(real *out, const real *x, const int *pos, const accum *tab
                 o[j + 1] = even * sine + odd * cosine;
             }
         }
+    team_wait();
 }
 
 // Rotary position embedding: out = R(p) x.
@@ -1525,7 +1566,7 @@ static void attention_forward(real *out,        // [B, T, NH, Dv]
     METER(__func__, (double)(B * NH * T * T) * (double)(Dn + Dr + Dv),
           B * T * (NH * (2 * Dn + Dr + 2 * Dv) + Dr) * sizeof(real));
     size_t Dq = Dn + Dr, ld = NH * (Dn + Dv);
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t bh = 0; bh < B * NH; bh++) {
         size_t b = bh / NH, h = bh % NH;
         real *k = scratch(PADDED(T) * (Dq + ATTENTION_BLOCK) + PADDED(Dv) * T);
@@ -1555,6 +1596,7 @@ static void attention_forward(real *out,        // [B, T, NH, Dv]
                 for (size_t j = 0; j < Dv; j++) ot[i * NH * Dv + j] /= sum[i];
         }
     }
+    team_wait();
 }
 
 // out_t = sum_u p_tu v_u, p = softmax(scale q k^T), so with dp_tu = dout_t . v_u
@@ -1568,7 +1610,7 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
     METER(__func__, 2.0 * (double)(B * NH * T * T) * (double)(Dn + Dr + Dv),
           2 * B * T * (NH * (2 * Dn + Dr + 2 * Dv) + Dr) * sizeof(real));
     size_t Dq = Dn + Dr, Dkv = Dn + Dv, ld = NH * Dkv;
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t bh = 0; bh < B * NH; bh++) {
         size_t b = bh / NH, h = bh % NH;
         const real *k_nope = kv + b * T * ld + h * Dkv, *k_pe_b = k_pe + b * T * Dr;
@@ -1610,7 +1652,8 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
             gemm_packed(dqt + Dn, NH * Dq, dp, ld_p, 1, kr, NR * T, rows, Dr, cols, SET);
         }
     }
-    #pragma omp for
+    team_wait();
+    #pragma omp for nowait
     for (size_t bt = 0; bt < B * T; bt++)
         for (size_t j = 0; j < Dr; j++) {
             accum sum = 0;
@@ -1618,6 +1661,7 @@ static void attention_backward(real *dq, real *dkv, real *dk_pe, real *dk_pe_hea
                 sum += dk_pe_heads[((bt / T * NH + h) * T + bt % T) * Dr + j];
             dk_pe[bt * Dr + j] = sum;
         }
+    team_wait();
 }
 
 // Indices of the K largest of n values, in falling order; of equal ones the first.
@@ -1644,12 +1688,14 @@ static void router_forward(accum *s,          // [N, E] affinities
                            double scale)
 {
     METER(__func__, 2.0 * N * E * C, (N + E) * C * sizeof(real) + N * E * sizeof(accum));
-    matmul_forward(s, x, w, all_rows(N), E, C, SET);
-    size_t size = E / G; // of a group
-    #pragma omp for
+    enum { TOKENS = 16 }; // in a row, that a thread has
+    size_t size = E / G;  // of a group
+    #pragma omp for schedule(static, TOKENS) nowait
     for (size_t n = 0; n < N; n++) {
         accum *sn = s + n * E;
         real *choice = scratch(E + G + 2 * KG), *group_score = choice + E;
+        if (n % TOKENS == 0)
+            gemm(sn, E, x + n * C, C, 1, w, 1, C, min_size(TOKENS, N - n), E, C, SET);
         for (size_t e = 0; e < E; e++) {
             sn[e] = sigmoid(sn[e]);
             choice[e] = sn[e] + bias[e];
@@ -1676,6 +1722,7 @@ static void router_forward(accum *s,          // [N, E] affinities
             g[n * K + k] =
                 (accum)scale * (norm ? sn[taken[k]] / (sum + (accum)1e-20) : sn[taken[k]]);
     }
+    team_wait();
 }
 
 // The selection is a constant. With S = sum of the selected s + 1e-20 and g_k = scale s_k / S:
@@ -1687,7 +1734,7 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
 {
     METER(__func__, 4.0 * N * E * C,
           (2 * N + E) * C * sizeof(real) + (3 * N + C) * E * sizeof(accum));
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t n = 0; n < N; n++) {
         const accum *sn = s + n * E, *dgn = dg + n * K;
         const int *taken = topk + n * K;
@@ -1698,6 +1745,7 @@ static void router_backward(real *dx, accum *dw, accum *ds, const accum *dg, con
             dsn[taken[k]] += (accum)scale * (norm ? (dgn[k] - dot) / sum : dgn[k]);
         for (size_t e = 0; e < E; e++) dsn[e] *= sn[e] * (1 - sn[e]);
     }
+    team_wait();
     matmul_backward_x(dx, ds, w, all_rows(N), E, C, ADD);
     matmul_backward_w(dw, ds, x, all_rows(N), E, C, mode);
 }
@@ -1711,7 +1759,7 @@ static void balance_forward(accum *loss,    // [B]
                             size_t B, size_t T, size_t E, size_t K)
 {
     METER(__func__, 0, B * T * E * sizeof(accum));
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t b = 0; b < B; b++) {
         real *P = scratch(E + K);
         int *best = (int *)(P + E);
@@ -1730,6 +1778,7 @@ static void balance_forward(accum *loss,    // [B]
         loss[b] = 0;
         for (size_t e = 0; e < E; e++) loss[b] += fb[e] * P[e];
     }
+    team_wait();
 }
 
 // loss = sum_i f_i mean_t s_ti / S_t with S_t = sum_j s_tj, f a constant:
@@ -1738,7 +1787,7 @@ static void balance_backward(accum *ds, double dloss, const accum *f, const accu
                              size_t T, size_t E)
 {
     METER(__func__, 0, 2 * B * T * E * sizeof(accum));
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t n = 0; n < B * T; n++) {
         const accum *fb = f + n / T * E, *sn = s + n * E;
         accum sum = 0, dot = 0;
@@ -1746,6 +1795,7 @@ static void balance_backward(accum *ds, double dloss, const accum *f, const accu
         for (size_t e = 0; e < E; e++)
             ds[n * E + e] = (accum)(dloss / (double)T) * (fb[e] - dot / sum) / sum;
     }
+    team_wait();
 }
 
 // Sorts the N K choices of experts by expert, tokens in order within one, and copies the tokens
@@ -1758,8 +1808,7 @@ static void dispatch_forward(real *xs,        // [N K, C]
                              size_t N, size_t K, size_t E, size_t C)
 {
     METER(__func__, 0, 2 * N * K * C * sizeof(real));
-    #pragma omp single
-    {
+    if (thread_number() == 0) {
         memset(offsets, 0, (E + 1) * sizeof(int));
         for (size_t i = 0; i < N * K; i++) offsets[topk[i] + 1]++;
         for (size_t e = 0; e < E; e++) offsets[e + 1] += offsets[e];
@@ -1767,9 +1816,11 @@ static void dispatch_forward(real *xs,        // [N K, C]
         for (size_t e = E; e > 0; e--) offsets[e] = offsets[e - 1]; // each had moved to its end
         offsets[0] = 0;
     }
-    #pragma omp for
+    team_wait();
+    #pragma omp for nowait
     for (size_t i = 0; i < N * K; i++)
         memcpy(xs + (size_t)row[i] * C, x + i / K * C, C * sizeof(real));
+    team_wait();
 }
 
 // xs[row[n,k]] = x[n]: dx[n] = sum_k dxs[row[n,k]].
@@ -1777,7 +1828,7 @@ static void dispatch_backward(real *dx, const real *dxs, const int *row, size_t 
                               size_t C, enum Mode mode)
 {
     METER(__func__, 0, N * (K + 1) * C * sizeof(real));
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t n = 0; n < N; n++) {
         if (mode == SET) memset(dx + n * C, 0, C * sizeof(real));
         for (size_t k = 0; k < K; k++) {
@@ -1785,6 +1836,7 @@ static void dispatch_backward(real *dx, const real *dxs, const int *row, size_t 
             for (size_t i = 0; i < C; i++) dx[n * C + i] += from[i];
         }
     }
+    team_wait();
 }
 
 // y[n] = h[n] + sum_k g[n,k] out[row[n,k]]. y may be h.
@@ -1796,13 +1848,14 @@ static void combine_forward(accum *y,        // [N, C]
                             size_t N, size_t K, size_t C)
 {
     METER(__func__, 0, N * C * (K * sizeof(real) + 2 * sizeof(accum)));
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t n = 0; n < N; n++)
         for (size_t k = 0; k < K; k++) {
             const accum *sum = (k ? y : h) + n * C;
             const real *from = out + (size_t)row[n * K + k] * C;
             for (size_t i = 0; i < C; i++) y[n * C + i] = sum[i] + g[n * K + k] * from[i];
         }
+    team_wait();
 }
 
 // y[n] = h[n] + sum_k g[n,k] out[row[n,k]]:
@@ -1811,7 +1864,7 @@ static void combine_backward(real *dout, accum *dg, const real *dy, const real *
                              const int *row, size_t N, size_t K, size_t C)
 {
     METER(__func__, 0, N * (2 * K + 1) * C * sizeof(real));
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t n = 0; n < N; n++)
         for (size_t k = 0; k < K; k++) {
             size_t at = (size_t)row[n * K + k] * C;
@@ -1823,6 +1876,7 @@ static void combine_backward(real *dout, accum *dg, const real *dy, const real *
             }
             dg[n * K + k] = dot;
         }
+    team_wait();
 }
 
 // loss[n] = lse[n] - z[n, target[n]] with z = logits / temperature and lse = log sum exp z.
@@ -1834,7 +1888,7 @@ static void cross_entropy_forward(accum *loss,        // [N] -log p(target)
 {
     METER(__func__, 0, N * V * sizeof(real));
     real beta = (real)(1 / temperature);
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t n = 0; n < N; n++) {
         const real *z = logits + n * V;
         real max = row_max(z, V);
@@ -1844,6 +1898,7 @@ static void cross_entropy_forward(accum *loss,        // [N] -log p(target)
         lse[n] = (accum)(beta * max + log((double)sum));
         loss[n] = lse[n] - beta * z[target[n]];
     }
+    team_wait();
 }
 
 // loss = lse - z_target: dlogits_v = scale dloss / temperature (exp(z_v - lse) - [v = target]).
@@ -1854,13 +1909,14 @@ static void cross_entropy_backward(real *dlogits, double scale,
 {
     METER(__func__, 0, 2 * N * V * sizeof(real));
     real beta = (real)(1 / temperature);
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t n = 0; n < N; n++) {
         const real *z = logits + n * V;
         real *dz = dlogits + n * V, d = (real)scale * dloss[n] * beta;
         for (size_t v = 0; v < V; v++) dz[v] = d * fast_exp(beta * z[v] - lse[n]);
         dz[target[n]] -= d;
     }
+    team_wait();
 }
 
 // Attention over a cache of latents, queries of any sequences at any positions ([V2] 2.1.2). Keys
@@ -1881,11 +1937,12 @@ static void latent_attention(real *out,         // [n, NH, Dv]
     METER(__func__, 0, 0);
     size_t Dq = Dn + Dr, ld = Rkv + Dr;
     real *sums = latent + n * NH * Rkv;
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t h = 0; h < NH; h++)
         gemm(latent + h * n * Rkv, Rkv, q + h * Dq, NH * Dq, 1, w_b + h * (Dn + Dv) * Rkv,
              Rkv, 1, n, Rkv, Dn, SET);
-    #pragma omp for schedule(static, 1)
+    team_wait();
+    #pragma omp for schedule(static, 1) nowait
     for (size_t i = 0; i < n; i++) { // all heads at once: they see the same latents
         size_t last = (size_t)pos[i], seen = min_size(last + 1, window), first = last + 1 - seen;
         real *qi = scratch(NH * (ld + seen)), *p = qi + NH * ld; // [NH, Rkv + Dr], [NH, seen]
@@ -1907,10 +1964,12 @@ static void latent_attention(real *out,         // [n, NH, Dv]
         }
         EACH_PIECE gemm(o, n * Rkv, p + u, seen, 1, cache + at * ld, ld, 1, NH, Rkv, len, u > 0);
     }
-    #pragma omp for
+    team_wait();
+    #pragma omp for nowait
     for (size_t h = 0; h < NH; h++)
         gemm(out + h * Dv, NH * Dv, sums + h * n * Rkv, Rkv, 1,
              w_b + (h * (Dn + Dv) + Dn) * Rkv, 1, Rkv, n, Dv, Rkv, SET);
+    team_wait();
 }
 
 // Copies new entries into such a cache: row n goes to position pos[n] of sequence slot[n].
@@ -1921,13 +1980,14 @@ static void cache_store(real *cache,      // [slots, capacity, Rkv + Dr]
                         const int *pos,   // [n]
                         size_t n, size_t Rkv, size_t Dr, size_t capacity)
 {
-    #pragma omp for
+    #pragma omp for nowait
     for (size_t i = 0; i < n; i++) {
         size_t at = (size_t)slot[i] * capacity + (size_t)pos[i] % capacity;
         real *entry = cache + at * (Rkv + Dr);
         memcpy(entry, c_kv + i * Rkv, Rkv * sizeof(real));
         memcpy(entry + Rkv, k_pe + i * Dr, Dr * sizeof(real));
     }
+    team_wait();
 }
 
 #endif // not MOE_CUDA
@@ -2700,7 +2760,7 @@ static void adamw_step(real *weights, accum *master, moment *m, moment *v, const
             master[i] = keep * master[i] - rate * m[i] / (square_root(v[i]) * correct2 + e);
         }
     }
-    #pragma omp barrier
+    team_wait();
 }
 
 // The router's bias moves towards balance: b_i += speed sign(mean load - load_i) ([V3] 2.1.2).
@@ -2774,7 +2834,7 @@ static void muon_step(real *weights, accum *master, moment *momentum, const accu
 {
     METER(__func__, 0, 0);
     (void)weights, (void)step;
-    #pragma omp for schedule(dynamic)
+    #pragma omp for schedule(dynamic) nowait
     for (size_t k = 0; k < matrices; k++) {
         Matrix it = matrix[k];
         int tall = it.rows > it.cols; // X is kept wide, m <= n
@@ -2803,6 +2863,7 @@ static void muon_step(real *weights, accum *master, moment *momentum, const accu
                 *w = keep * *w - rate * X[tall ? j * n + i : i * n + j];
             }
     }
+    team_wait();
 }
 
 #endif // not MOE_CUDA
@@ -6548,9 +6609,9 @@ static double bench_generate(const Model *m, size_t T, int speculate, double *ta
 }
 
 // What the machine can do: with one thread, and with all.
-typedef struct { double flops[2], memory[2], cache[2], weights[2]; } Machine;
+typedef struct { double flops[2], memory[2], cache[2]; } Machine;
 
-static Machine bench_machine(int json, size_t weights)
+static Machine bench_machine(int json)
 {
     const size_t cache = (size_t)128 << 10, memory = (size_t)256 << 20;
     int threads = thread_count();
@@ -6559,20 +6620,17 @@ static Machine bench_machine(int json, size_t weights)
         int n = all ? threads : 1;
         k.flops[all] = measure_flops(n);
         k.cache[all] = measure_read(cache * (size_t)n, n);
-        k.weights[all] = measure_read(weights, n);
         k.memory[all] = measure_read(memory, n);
     }
 #define BENCH_RATES(name, rate) {name, {1e-9 * rate[0], 1e-9 * rate[1]}, {0}}
     const Row row[] = {
         BENCH_RATES("multiply-adds,_GFLOP/s", k.flops),
         BENCH_RATES("cache,_GB/s", k.cache),
-        BENCH_RATES("a_token's_weights,_GB/s", k.weights),
         BENCH_RATES("memory,_GB/s", k.memory),
     };
     print_table(json, "machine", "1_thread all_threads", decimals, ROWS(row),
-                "%d thread%s; reading %.2f MB a thread, the %.2f MB of weights that a token meets, "
-                "and %.0f MB", threads, threads > 1 ? "s" : "", 1e-6 * (double)cache,
-                1e-6 * (double)weights, 1e-6 * (double)memory);
+                "%d thread%s; reading %.2f MB a thread, and %.0f MB", threads,
+                threads > 1 ? "s" : "", 1e-6 * (double)cache, 1e-6 * (double)memory);
     return k;
 }
 
@@ -6634,36 +6692,48 @@ static void bench_step(const Options *o, Model *m, const Machine *k, size_t B, s
     optimizer_free(&opt);
 }
 
+// Bytes that a call of the decoder has to read: the weights that n tokens meet, each of which takes
+// its experts by chance, and the latents of n sequences of T tokens.
+static double decode_bytes(const Model *m, size_t n, size_t T)
+{
+    const Config *c = &m->config;
+    double met = 1 - pow(1 - (double)c->K / (double)c->E, (double)n), numbers = 0; // of the experts
+    for (const Tensor *t = m->layout.tensor; t < m->layout.tensor + m->layout.tensors; t++)
+        if (t->layer < (int)c->L && t->kind != EMBEDDING)
+            numbers += (double)tensor_size(t) * (t->count > 1 ? met : 1);
+    return (numbers + (double)(n * T * c->L * (c->Rkv + c->Dr))) * sizeof(real);
+}
+
 // Decoding with many sequences at once, and with drafts.
-static void bench_decoding(int json, const Model *m, const Machine *k, size_t weights, size_t T)
+static void bench_decoding(int json, const Model *m, const Machine *k, size_t T)
 {
     static const char *const names[] = {"1", "8", "64", "512"};
-    size_t n = 0, grown = min_size(T, 256); // tokens of a sequence at the end
-    // the work of a token is that of the forward pass of a sequence as long as grown / 2 .. grown
-    double work = flops_forward(&m->config, grown + grown / 2, 0), taken = 0;
+    size_t n = 0, grown = min_size(T, 256), mean = grown * 3 / 4; // tokens: in the end, on average
+    double work = flops_forward(&m->config, 2 * mean, 0), taken = 0;
     Row row[6];
     for (size_t slots = 1; n < 4; slots *= 8, n++) {
         Decoder plan = decoder_plan(m, slots, grown, 1, slots, grown);
-        int fits = (double)plan.arena.used < free_memory();
+        double bytes = decode_bytes(m, slots, mean), rate = 0;
+        int fits = (double)plan.arena.used + bytes < free_memory();
         decoder_free(&plan);
         if (!fits) break;
-        double rate = 0, read;
         for (double start = now(); rate == 0 || now() - start < 0.5;) // the fastest of some
             rate = fmax(rate, bench_decode(m, slots, grown));
-        read = rate * (double)weights;
+        double read = rate / (double)slots * bytes;
+        double limit = measure_read((size_t)bytes, thread_count());
         const Row r = {names[n], {rate, 1e-9 * rate * work, 100 * rate * work / k->flops[1],
-                                  n ? NAN : 1e-9 * read, n ? NAN : 100 * read / k->weights[1]},
-                       {0}};
+                                  1e-6 * bytes, 1e-9 * read, 100 * read / limit}, {0}};
         row[n] = r;
     }
     for (int speculate = 0; speculate < 2 && m->config.D > 0; speculate++) {
         double rate = bench_generate(m, grown, speculate, &taken);
-        const Row r = {speculate ? "speculate" : "generate", {rate, NAN, NAN, NAN, NAN}, {0}};
+        const Row r = {speculate ? "speculate" : "generate", {rate, NAN, NAN, NAN, NAN, NAN}, {0}};
         row[n++] = r;
     }
-    print_table(json, "decode", "tokens/s GFLOP/s %_of_peak GB/s %_of_GB/s", counts, row, n,
-                "so many sequences of %zu tokens; GB/s: of reading a token's weights%s", grown,
-                m->config.D ? "; generate: one text, with its drafts: speculate" : "");
+    print_table(json, "decode", "tokens/s GFLOP/s %_of_peak MB GB/s %_limit", decimals, row, n,
+                "so many sequences of %zu tokens; MB: weights and latents that a token for each "
+                "takes;\n  limit: of GB/s when all threads read as much%s", grown, m->config.D ?
+                "; generate: one text, with its drafts: speculate" : "");
     if (m->config.D && !json) printf("  %.0f%% of the drafts were taken\n", 100 * taken);
 }
 
@@ -6676,11 +6746,10 @@ static int command_bench(const Options *o)
     NEED(o->bench_steps > 0, "--steps must be at least 1");
     memory_plan(&c, 1, B, T, 0);
     Model m = model_from_options(o, &c, 1);
-    size_t weights = (size_t)active_weights(&c, &m.layout) * sizeof(real); // bytes a token reads
     if (o->json) printf("{\n  \"threads\": %d", thread_count());
-    Machine k = bench_machine(o->json, weights);
+    Machine k = bench_machine(o->json);
     bench_step(o, &m, &k, B, T);
-    bench_decoding(o->json, &m, &k, weights, T);
+    bench_decoding(o->json, &m, &k, T);
     if (o->json) printf("\n}\n");
     model_free(&m);
     return 0;
