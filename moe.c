@@ -4248,6 +4248,7 @@ static Config config_load(const char *file)
     CONFIG_SIZES(READ_SIZE)
     CONFIG_REALS(READ_REAL)
     rope_from_json(c, j, file);
+    NEED(c->G == 1 || json_get(j, "topk_group"), "%s: topk_group is missing", file);
     if (c->E == 0) c->dense = c->L; // for transformers, that decides by it alone
     for (size_t i = 0; i < CONFIG_FIXED; i++)
         config_expect(j, file, config_fixed[i][0], config_fixed[i][1]);
@@ -4751,16 +4752,17 @@ static void checkpoint_read(Checkpoint *c, const Layout *layout, const char *pre
 }
 
 // Dies if there is a tensor that nobody read, unless it is empty, which are transformers' for no
-// shared experts, or a released MTP layer's copy of the embedding or the head, which are shared.
+// shared experts, or one that released checkpoints have beside the weights: an MTP layer's copy of
+// the embedding or the head, which are shared, and frequencies, which rope_theta tells.
 static void checkpoint_all_used(const Checkpoint *c)
 {
+    static const char *const known[] = {"embed_tokens.weight", "shared_head.head.weight",
+                                        "self_attn.rotary_emb.inv_freq"};
     for (const Stored *t = c->stored; t < c->stored + c->n; t++) {
-        int at = 0;
+        int at = 0, good = t->used || t->begin == t->end;
         sscanf(t->name, "model.layers.%*[0-9].%n", &at);
-        int is_copy = at && (!strcmp(t->name + at, "embed_tokens.weight") ||
-                             !strcmp(t->name + at, "shared_head.head.weight"));
-        NEED(t->used || t->begin == t->end || is_copy, "%s: %s: config.json has no place for it",
-             t->file, t->name);
+        for (int i = 0; i < 3 && at; i++) good |= !strcmp(t->name + at, known[i]);
+        NEED(good, "%s: %s: config.json has no place for it", t->file, t->name);
     }
 }
 

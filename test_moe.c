@@ -2956,7 +2956,8 @@ static Entry *list_entries(const Layout *layout, const accum *data, const char *
 }
 
 // Writes random codes as the model's tensors, dealt out to so many shards, with an index if there
-// are several, and as released files have it a copy of the embedding. expected: what they mean.
+// are several, and as released files have it a copy of the embedding or frequencies. expected: what
+// the codes mean.
 static void write_codes(const Model *m, const char *path, int dtype, size_t shards, real *expected)
 {
     static const int exponent_bits[] = {8, 8, 5}, mantissa_bits[] = {23, 7, 10};
@@ -2973,10 +2974,11 @@ static void write_codes(const Model *m, const char *path, int dtype, size_t shar
                    2 * bytes};
         size_t length = 0;
         snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", s + 1, shards);
-        APPEND(p.header, length, "{\"model.layers.%zu.embed_tokens.weight\":{\"dtype\":\"%s\","
-               "\"shape\":[2],\"data_offsets\":[0,%zu]}", m->config.L + s, dtypes[dtype].name, p.n);
-        APPEND(index, mapped, "%s\"model.layers.%zu.embed_tokens.weight\":\"%s\"", s ? "," : "",
-               m->config.L + s, file);
+        const char *more = s ? "0.self_attn.rotary_emb.inv_freq" : "3.embed_tokens.weight";
+        if (s == 2) more = "3.shared_head.head.weight";
+        APPEND(p.header, length, "{\"model.layers.%s\":{\"dtype\":\"%s\",\"shape\":[2],"
+               "\"data_offsets\":[0,%zu]}", more, dtypes[dtype].name, p.n);
+        APPEND(index, mapped, "%s\"model.layers.%s\":\"%s\"", s ? "," : "", more, file);
         for (size_t i = s; i < n; i += shards) {
             size_t size = entry_size(&e[i]);
             APPEND(index, mapped, ",\"%s\":\"%s\"", e[i].name, file);
@@ -3278,6 +3280,7 @@ static void test_damaged_config(void)
         {"n_group\": 3", "n_group\": 6", "a group's score needs 2"},
         {"topk_group\": 2", "topk_group\": 4", "topk_group is 4"},
         {"topk_group\": 2", "topk_group\": 0", "topk_group is 0"},
+        {"topk_group\": 2", "top_group\": 2", "topk_group is missing"},
         {"qk_rope_head_dim\": 2", "qk_rope_head_dim\": 3", "must be even"},
         {"hidden_size\": 13", "hidden_size\": 0", "hidden_size is 0"},
         {"hidden_size\": 13", "hidden_size\": -1", "hidden_size is -1"},
