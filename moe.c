@@ -40,6 +40,7 @@ A pointer's comment gives its shape, rows first. An operation's outputs come bef
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <poll.h>
@@ -50,6 +51,7 @@ A pointer's comment gives its shape, rows first. An operation's outputs come bef
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -188,8 +190,9 @@ static double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) //
 
 static void use_threads(size_t n)
 {
-    if (n > 1024) die(BAD_INPUT, "--threads is %zu; at most 1024 make sense", n);
 #ifdef _OPENMP
+    size_t asked = n ? n : (size_t)omp_get_max_threads(); // which OMP_NUM_THREADS may set
+    if (asked > 1024) die(BAD_INPUT, "%zu threads; at most 1024 make sense: --threads N", asked);
     if (n > 0) omp_set_num_threads((int)n);
 #else
     (void)n;
@@ -553,8 +556,8 @@ static void tensor_name(char name[NAME_MAX_LENGTH], const char *prefix, const Te
 // added to, the others set unless a mode says ADD.
 //
 // The threads of a team call an operation together, with the same arguments, share out its loops
-// (omp for) and wait for each other at its end (team_wait); a thread that calls it alone does all of
-// it. So a whole pass through the model takes one parallel region, and a small one none.
+// (omp for) and wait for each other at its end (team_wait); a thread that calls it alone does all
+// of it. So a whole pass through the model takes one parallel region, and a small one none.
 #if defined _OPENMP && !defined MOE_CUDA // on a GPU one thread gives the orders
 #define TEAM _Pragma("omp parallel")
 #else
@@ -659,8 +662,8 @@ static int team_size(void)
 }
 
 // Waits for the other threads of the team, and sees what they wrote. OpenMP's barrier would do, but
-// libgomp's makes a system call each time, and spins for milliseconds even where another program has
-// the core of the thread that is waited for.
+// libgomp's makes a system call each time, and spins for milliseconds even where another program
+// has the core of the thread that is waited for.
 #if defined __x86_64__
 #define PAUSE() __builtin_ia32_pause()
 #elif defined __aarch64__
@@ -3173,8 +3176,11 @@ static Draw sample_token(const Sampler *s, const accum *logits, size_t V, uint64
 {
     size_t best = 0;
     for (size_t v = 0; v < V; v++) {
-        if (!isfinite((double)logits[v]))
-            die(FAILED, "a logit is not a finite number: the model's weights are damaged");
+        if (!isfinite((double)logits[v])) {
+            #pragma omp critical // of several threads one says so
+            die(FAILED, "a logit is not a finite number: the weights are damaged, or --lr was too "
+                "large");
+        }
         if (logits[v] > logits[best]) best = v;
     }
     Draw d = {(int)best, 0, 0};
@@ -3480,7 +3486,10 @@ static void put(Line *line, const char *format, ...)
     va_start(args, format);
     int n = vsnprintf(line->text + line->length, LINE - line->length, format, args);
     va_end(args);
-    line->length = min_size(line->length + (size_t)n, LINE - 1);
+    line->length += (size_t)n;
+    if (line->length >= LINE)
+        die(BAD_INPUT, "a line of more than %d bytes; use a smaller --size or --slips, or a "
+            "shorter --prompt", LINE - 1);
 }
 
 typedef struct { uint64_t seed, stream, counter; } Random;
@@ -3967,14 +3976,25 @@ static char *read_file(const char *path, size_t *size, size_t most)
     return data;
 }
 
+static int is_same_file(const char *a, const char *b)
+{
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
 typedef struct { char text[4096]; } Path;
+
+static Path path_append(const char *path, const char *more)
+{
+    Path p;
+    int n = snprintf(p.text, sizeof p.text, "%s%s", path, more);
+    NEED(n < (int)sizeof p.text, "%.99s...: the path is too long", path);
+    return p;
+}
 
 static Path path_join(const char *directory, const char *name)
 {
-    Path p;
-    int n = snprintf(p.text, sizeof p.text, "%s/%s", directory, name);
-    NEED(n < (int)sizeof p.text, "%.99s...: the path is too long", directory);
-    return p;
+    return path_append(path_append(directory, "/").text, name);
 }
 
 // JSON, strictly as RFC 8259 has it, at most JSON_DEPTH deep, no key twice. A string's text lies in
@@ -4227,6 +4247,7 @@ static void rope_from_json(Config *c, const Json *j, const char *file)
         else NEED(k->type == JSON_NULL || !strcmp(k->key, "type") || !strcmp(k->key, "rope_type"),
                   "%s: %s: %s is not known here", file, rope->key, k->key);
     }
+    NEED(!yarn || c->yarn_factor >= 1, "%s: %s needs factor >= 1", file, rope->key);
 }
 
 enum { FP8_BLOCK = 128 }; // rows, and columns, that share a scale: [V3] 3.3.2
@@ -4283,17 +4304,18 @@ static Config config_load(const char *file)
 // f is found at the end.
 typedef struct {
     FILE *f;
-    const char *path;
-    char *temporary;
+    Path path, temporary;
 } Output;
 
 static Output output_open(const char *path)
 {
-    size_t n = strlen(path) + 5;
-    Output o = {NULL, path, (char *)host_alloc(n, 1)};
-    snprintf(o.temporary, n, "%s.tmp", path);
-    o.f = fopen(o.temporary, "wb");
-    NEED(o.f, "%s: cannot write: %s; choose another directory", o.temporary, strerror(errno));
+    Output o;
+    struct stat st;
+    NEED(stat(path, &st) || S_ISREG(st.st_mode), "%s: not a regular file", path);
+    if (!realpath(path, o.path.text)) o.path = path_append(path, ""); // not there yet
+    o.temporary = path_append(o.path.text, ".tmp");
+    o.f = fopen(o.temporary.text, "wb");
+    NEED(o.f, "%s: cannot write: %s; choose another directory", o.temporary.text, strerror(errno));
     return o;
 }
 
@@ -4301,8 +4323,8 @@ static void output_check(const Output *o, int good)
 {
     int error = errno;
     if (good) return;
-    remove(o->temporary);
-    die(FAILED, "%s: cannot write: %s; what stood there before is unharmed", o->path,
+    remove(o->temporary.text);
+    die(FAILED, "%s: cannot write: %s; what stood there before is unharmed", o->path.text,
         strerror(error));
 }
 
@@ -4313,17 +4335,16 @@ static void output_write(const Output *o, const void *data, size_t bytes)
 
 static void output_close(const Output *o)
 {
+    Path directory = o->path;
+    char *slash = strrchr(directory.text, '/');
     output_check(o, !fflush(o->f) && !ferror(o->f) && !fsync(fileno(o->f)));
     output_check(o, !fclose(o->f));
-    output_check(o, !rename(o->temporary, o->path));
-    char *slash = strrchr(o->temporary, '/'); // the rename is on the disk only after an fsync, too
-    if (slash) slash[slash == o->temporary] = 0;
-    int directory = open(slash ? o->temporary : ".", O_RDONLY);
-    if (directory >= 0) {
-        fsync(directory); // some file systems refuse; there is no more to be done then
-        close(directory);
-    }
-    free(o->temporary);
+    output_check(o, !rename(o->temporary.text, o->path.text));
+    if (slash) slash[slash == directory.text] = 0;
+    int fd = open(slash ? directory.text : ".", O_RDONLY);
+    if (fd < 0) return; // the rename is on the disk only after an fsync, too
+    fsync(fd);          // some file systems refuse; there is no more to be done then
+    close(fd);
 }
 
 // Prints text, which must be UTF-8, as it stands in a JSON string.
@@ -4839,9 +4860,9 @@ enum {
     X(RL_RUN | EVAL, Count, patience, "patience", "60", "S", \
       "seconds that these programs may be silent") \
     X(TASK, Count, lines, "lines", "100000", "N", "questions to write, with answers") \
-    X(TASK, Number, worked, "worked", "0.25", "X", "share of answers that are thought about") \
-    X(TASK, Number, right, "right", "0.3", "X", "share that is right of those given at once") \
-    X(TASK, Number, slips, "slips", "0.004", "X", \
+    X(TASK, Share, worked, "worked", "0.25", "X", "share of answers that are thought about") \
+    X(TASK, Share, right, "right", "0.3", "X", "share that is right of those given at once") \
+    X(TASK, Share, slips, "slips", "0.004", "X", \
       "chance of a mistake in a step; countdown: of giving up; columns: of saying it again") \
     X(RL_RUN, Count, rl_steps, "steps", "30", "N", "steps to train") \
     X(RL_RUN, Count, questions, "questions", "32", "N", "questions a step; R1: 32") \
@@ -4859,7 +4880,7 @@ enum {
     X(RL_RUN, Number, rl_temperature, "temperature", "1", "X", "of the answers drawn; R1: 1") \
     X(EVAL, Number, eval_temperature, "temperature", "1", "X", \
       "of the answers that vote; R1: 0.6") \
-    X(EVAL, Number, eval_top_p, "top-p", "1", "X", \
+    X(EVAL, Share, eval_top_p, "top-p", "1", "X", \
       "choose among the likeliest of this total probability; R1: 0.95") \
     X(RL_RUN, Text, rl_optimizer, "optimizer", "adamw", "NAME", "adamw or muon") \
     X(RL_RUN, Number, rl_lr, "lr", "0.0002", "X", "learning rate; R1: 3e-6") \
@@ -4886,25 +4907,25 @@ enum {
     X(CHECK, Number, check_lr, "lr", "0.001", "X", "learning rate of --steps") \
     X(RUN, Number, adam_lr, "adam-lr", "0.02", "X", "beside muon, AdamW's peak learning rate") \
     X(RUN, Count, warmup, "warmup", "20", "N", "steps of linear warm-up") \
-    X(RUN, Number, hold, "hold", "0", "X", "share of the steps at the peak; V3: 0.68") \
-    X(RUN, Number, seq_warmup, "seq-warmup", "0", "X", \
+    X(RUN, Share, hold, "hold", "0", "X", "share of the steps at the peak; V3: 0.68") \
+    X(RUN, Share, seq_warmup, "seq-warmup", "0", "X", \
       "share of the steps in which sequences grow to --seq, from an eighth of it; so many more") \
-    X(RUN, Number, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at") \
-    X(RUN | RL | CHECK, Number, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
-    X(RUN | RL | CHECK, Number, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
+    X(RUN, Share, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at") \
+    X(RUN | RL | CHECK, Decay, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
+    X(RUN | RL | CHECK, Decay, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
     X(RUN | RL | CHECK, Number, decay, "weight-decay", "0.1", "X", "decoupled weight decay") \
     X(RUN | CHECK, Number, clip, "clip", "1", "X", "global gradient norm; 0: no clipping") \
-    X(RUN | RL, Number, momentum, "momentum", "0.9", "X", "Muon's momentum") \
+    X(RUN | RL, Decay, momentum, "momentum", "0.9", "X", "Muon's momentum") \
     X(RUN, Number, bias_speed, "bias-speed", "0.02", "X", "step of the routers' bias; V3: 0.001") \
     X(CHECK, Number, check_bias_speed, "bias-speed", "0.001", "X", "step of the routers' bias") \
-    X(RUN, Number, val_share, "val-share", "0.1", "X", "last part of the text, to validate on") \
+    X(RUN, Decay, val_share, "val-share", "0.1", "X", "last part of the text, to validate on") \
     X(RUN, Count, val_every, "val-every", "200", "N", "steps between validations; 0: at the end") \
     X(RUN, Count, log_every, "log-every", "10", "N", "steps between lines when piped") \
     X(SAMPLE, Text, prompt, "prompt", "\n", "TEXT", "what the text begins with") \
     X(RUN | SAMPLE, Count, tokens, "tokens", "300", "N", "tokens to generate") \
     X(RUN | SAMPLE, Number, temperature, "temperature", "0.8", "X", "0: always the likeliest") \
     X(RUN | SAMPLE, Count, top_k, "top-k", "0", "K", "choose among the K likeliest; 0: all") \
-    X(RUN | SAMPLE, Number, top_p, "top-p", "0.95", "X", \
+    X(RUN | SAMPLE, Share, top_p, "top-p", "0.95", "X", \
       "choose among the likeliest of this total probability") \
     X(SAMPLE, Flag, speculate, "speculate", "", "", \
       "draft with the MTP layer; the text stays the same") \
@@ -4928,25 +4949,28 @@ enum {
 
 typedef const char *Text;
 typedef size_t Count;
-typedef double Number;
+typedef double Number, Share, Decay; // any; 0 to 1; less than 1
 typedef int Flag;
 
 #define OPTION_FIELD(commands, type, field, ...) type field; Text field##_text; // as it was given
 typedef struct { OPTIONS(OPTION_FIELD) } Options;
 
-static double parse_real(const char *name, const char *value, int whole)
+static double parse_real(const char *name, const char *value, double most, const char *what)
 {
     char *end;
     double x = strtod(value, &end);
-    NEED(end != value && !*end && x >= 0 && (whole ? is_whole(x, 0x1p40) : isfinite(x)),
-         "--%s is '%s'; it must be a %snumber, 0 or more", name, value, whole ? "whole " : "");
+    NEED(end != value && !*end && x >= 0 && x <= most && (*what != 'w' || is_whole(x, most)),
+         "--%s is '%s'; it must be a %s", name, value, what);
     return x;
 }
 
 #define parse_Text(name, value) (value)
 #define parse_Flag(name, value) (*(value) != 0)
-#define parse_Count(name, value) ((size_t)parse_real(name, value, 1))
-#define parse_Number(name, value) parse_real(name, value, 0)
+#define parse_Count(name, value) \
+    ((size_t)parse_real(name, value, 0x1p40, "whole number from 0 to 1099511627776"))
+#define parse_Number(name, value) parse_real(name, value, DBL_MAX, "number, 0 or more")
+#define parse_Share(name, value) parse_real(name, value, 1, "number from 0 to 1")
+#define parse_Decay(name, value) parse_real(name, value, 1 - 1e-9, "number from 0 to less than 1")
 
 // ------------------------------------------------------------------------------------------------
 // 12  Training
@@ -5065,7 +5089,10 @@ static double text_loss(const Model *m, const char *bytes, size_t n, size_t T, i
     free(weight);
     acts_free(&a);
     ranks_sum(sums, 2);
-    return sums[1] > 0 ? sums[0] / sums[1] : 0;
+    if (!isfinite(sums[0]))
+        die(FAILED, "the loss over the text is %g: the weights are damaged, or --lr was too large",
+            sums[0]);
+    return sums[1] > 0 ? sums[0] / sums[1] : NAN; // no answer in it
 }
 
 // Learning rate of a step, as a share of the peak: linear warm-up, the peak held, a cosine down.
@@ -5122,6 +5149,18 @@ static void print_token(int token)
 #define SAMPLE_DECODER(function, m, n, more) \
     function(m, 1, min_size((m)->config.Tmax, (n) + (more)), min_size((n) + 1, 256), \
              min_size((n) + 1, 256), (n) + (more) + 1)
+
+// Bytes that sample allocates, in the decoder above all.
+static size_t sample_bytes(const Config *c, size_t n, size_t more)
+{
+    Model shape;
+    memset(&shape, 0, sizeof shape);
+    shape.config = *c;
+    Decoder plan = SAMPLE_DECODER(decoder_plan, &shape, n, more);
+    size_t angles = size_mul(2 * plan.positions, c->Dr * sizeof(accum));
+    decoder_free(&plan);
+    return plan.arena.used + angles;
+}
 
 static Generation sample(const Model *m, const Options *o, const char *prompt, int speculate)
 {
@@ -5214,13 +5253,15 @@ static Run run_make(const Options *o, const Config *c)
     is_muon(o->optimizer);
     NEED(o->seq_warmup == 0 || (r.T % 8 == 0 && r.T / 8 > c->D), "--seq-warmup begins with an "
          "eighth of --seq, %zu, which must be whole and more than %zu", r.T, c->D);
-    NEED(is_utf8(o->data), "--data %s: a name that is not UTF-8 cannot be saved", o->data);
-    NEED(o->val_share < 1, "--val-share is %g; it must be below 1", o->val_share);
     r.n_train = (size_t)((double)r.text.n * (1 - o->val_share));
     r.n_val = r.text.n - r.n_train;
     NEED(r.n_train > r.T && (o->val_share == 0 || r.n_val >= 2),
          "%s: too short: of %zu bytes %zu are left to train on and %zu to validate; %zu and 2 are "
          "needed, or a smaller --seq", o->data, r.text.n, r.n_train, r.n_val, r.T + 1);
+    NEED(!o->answers_only || (memchr(r.text.bytes, '\t', r.n_train) &&
+         (!r.n_val || memchr(r.text.bytes + r.n_train, '\t', r.n_val))), "%s: --answers-only, but "
+         "no answer, after a tab, is in the part that %s", o->data,
+         memchr(r.text.bytes, '\t', r.n_train) ? "validates" : "trains");
     return r;
 }
 
@@ -5233,22 +5274,29 @@ static uint64_t data_hash(const Data *t) // FNV-1a
 
 static const char state_name[] = "optimizer.safetensors";
 
+static const char *run_state(const Run *r) // for a message that goes on with the directory
+{
+    return r->saved ? "the last good state is in" : "this run has saved nothing in";
+}
+
 // Saves the model for others, then in one file all that the run needs to go on, weights included,
-// so that a run killed at any instant finds the old state or the new one.
+// so that a run killed at any instant finds the old state or the new one; only weights that give a
+// finite loss, of the last batch in a.
 static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *opt,
-                     const Model *ref, FILE *log)
+                     const Model *ref, Acts *a, FILE *log)
 {
     size_t elements = m->layout.elements;
     Path path = path_join(o->out, state_name);
     double sum = sum_squares(m->master, elements) + sum_squares(opt->m, elements) +
                  sum_squares(opt->v, elements), most[2] = {sum, -sum};
-    if (!isfinite(sum))
-        die(FAILED, "step %zu: the weights are no longer finite; %s still has step %zu; try a "
-            "smaller --lr", r->step, o->out, r->saved);
+    model_forward(m, a);
+    if (!isfinite(sum) || !isfinite(model_losses(m, a).total))
+        die(FAILED, "step %zu: the weights no longer give a finite loss; %s %s; try a smaller --lr",
+            r->step, run_state(r), o->out);
     ranks_max(most, 2);
     if (most[0] != -most[1])
         die(FAILED, "step %zu: the weights are not the same in all processes; use one build on "
-            "machines of one kind; %s still has step %zu", r->step, o->out, r->saved);
+            "machines of one kind; %s %s", r->step, run_state(r), o->out);
     r->saved = r->step;
     if (rank > 0) return;
     if (fflush(log) || fsync(fileno(log)))
@@ -5307,6 +5355,8 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt, Model *
     int has_ref = r->command == RL && strtod(state_value(s, "--kl"), NULL) > 0;
     NEED(has_ref == (ref != NULL), "--kl is %g, but the run in %s has %s reference policy", o->kl,
          o->resume, has_ref ? "a" : "no");
+    NEED(!strcmp(o->optimizer, state_value(s, "--optimizer")), "--optimizer is %s, but the run in "
+         "%s has the state of %s", o->optimizer, o->resume, state_value(s, "--optimizer"));
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)data_hash(&r->text));
     NEED(!strcmp(hash, state_value(s, "text_hash")),
          "%s: is not the text that the run in %s began with", o->data, o->resume);
@@ -5332,8 +5382,9 @@ static FILE *log_open(const Run *r, const Options *o, const char *head)
     size_t size, rows = 0;
     char *old = NULL, *end = NULL;
     if (rank > 0) return fopen("/dev/null", "w");
-    if (r->step > 0) {
-        end = old = read_file(path_join(o->resume, "log.csv").text, &size, SIZE_MAX - 1);
+    Path before = path_join(o->resume, "log.csv");
+    if (r->step > 0 && !access(before.text, F_OK)) {
+        end = old = read_file(before.text, &size, SIZE_MAX - 1);
         while (rows <= r->step && (end = strchr(end, '\n'))) end++, rows++;
     }
     Output out = output_open(path.text);
@@ -5345,7 +5396,8 @@ static FILE *log_open(const Run *r, const Options *o, const char *head)
     return log;
 }
 
-// The first SIGINT or SIGTERM ends the run after its step, saved; the second at once.
+// The first SIGINT, SIGTERM or SIGHUP, unless nohup has it ignored, ends the run after its step,
+// saved; the second at once. So does an output that nobody reads any more.
 static volatile sig_atomic_t stop_signal = 0;
 
 static void on_signal(int number) { stop_signal = number; }
@@ -5358,6 +5410,8 @@ static void catch_signals(void)
     action.sa_flags = SA_RESETHAND | SA_RESTART; // once; and no write fails for it
     NEED(!sigaction(SIGINT, &action, NULL) && !sigaction(SIGTERM, &action, NULL),
          "cannot catch signals: %s", strerror(errno));
+    if (signal(SIGHUP, SIG_IGN) != SIG_IGN) sigaction(SIGHUP, &action, NULL);
+    signal(SIGPIPE, SIG_IGN); // printing then fails instead
 }
 
 // Sequence length warm-up (arXiv:2108.06084): how often sequences are still to be doubled, and
@@ -5440,8 +5494,16 @@ static void run_print(const Run *r, const Options *o, const Losses *s, double lo
 static void prepare_directory(const Options *o, const Config *c)
 {
     Path path = path_join(o->out, "config.json");
+    path_join(o->out, "optimizer.safetensors.tmp"); // no name is longer
+#define CHECK_SAVED(commands, type, field, name, ...) \
+    NEED(!((commands) & SAVED) || is_utf8(o->field##_text), "--%s %s: is not UTF-8, so that it " \
+         "cannot be saved", name, o->field##_text);
+    OPTIONS(CHECK_SAVED)
     if (rank > 0) return;
     make_directory(o->out);
+    int lock = open(o->out, O_RDONLY | O_CLOEXEC); // as long as this program runs
+    NEED(lock < 0 || !flock(lock, LOCK_EX | LOCK_NB) || errno != EWOULDBLOCK,
+         "%s: another run writes there; choose another --out", o->out);
     Config old = access(path.text, F_OK) ? *c : config_load(path.text);
     NEED(!memcmp(&old, c, sizeof old),
          "%s: holds a model of another shape; remove it or choose another --out", o->out);
@@ -5452,17 +5514,18 @@ static void run_count_bad(Run *r, const Options *o, size_t bad)
 {
     enum { TOO_MANY = 5 };
     r->bad = bad ? r->bad + bad : 0;
-    if (r->bad >= TOO_MANY)
+    if (r->bad >= min_size(TOO_MANY, o->steps))
         die(FAILED, "%zu steps in a row were not finite; %s %s; try a smaller --lr", r->bad,
-            r->saved ? "the last good state is in" : "no state is in", o->out);
+            run_state(r), o->out);
 }
 
 static int run_stops(const Run *r, const Options *o)
 {
-    double told = stop_signal;
-    ranks_max(&told, 1); // it may have reached one process only
-    if (told > 0) stop_signal = (sig_atomic_t)told;
-    return r->step == o->steps || stop_signal || (o->stop_after && r->step >= o->stop_after);
+    double told[2] = {stop_signal, ferror(stdout)};
+    ranks_max(told, 2); // they may have reached one process only
+    if (told[0] > 0) stop_signal = (sig_atomic_t)told[0];
+    return r->step == o->steps || stop_signal || told[1] > 0 ||
+           (o->stop_after && r->step >= o->stop_after);
 }
 
 // Ends a run and returns the command's exit status.
@@ -5483,7 +5546,7 @@ static int command_train(const Options *o)
     Config config = config_from_options(o);
     const Config *c = &config;
     Run r = run_make(o, c);
-    const char *memory = memory_plan(c, 1, r.B, r.T, 0);
+    const char *memory = memory_plan(c, 1, r.B, r.T, sample_bytes(c, 1, o->tokens));
     r.tokens = (int *)host_alloc(r.B * (r.T + 8), sizeof(int));
     prepare_directory(o, c);
     Model m = *o->resume ? model_make(c, 1) : model_from_options(o, c, 1);
@@ -5521,21 +5584,21 @@ static int command_train(const Options *o)
         if (r.n_val && (last || (o->val_every && r.step % o->val_every == 0))) {
             size_t n = last ? r.n_val : min_size(r.n_val, 16 * 1024 + 1); // all at the end
             r.val_loss = text_loss(&m, r.text.bytes + r.n_train, n, r.T, o->answers_only);
-            fprintf(log, "%.6f", r.val_loss);
+            if (isfinite(r.val_loss)) fprintf(log, "%.6f", r.val_loss);
         }
         fprintf(log, ",%.6f,%.6f,%.4f,%.6f,%.8f\n", s.mtp, s.balance, load, norm, rate);
         if (isatty(1) || stop || (o->log_every && r.step % o->log_every == 0))
             run_print(&r, o, &s, load, norm, rate);
         if (stop || (o->save_every && r.step % o->save_every == 0))
-            run_save(&r, o, &m, &opt, NULL, log);
+            run_save(&r, o, &m, &opt, NULL, &a, log);
     }
     printf(isatty(1) ? "\n\n" : "\n");
     int status = run_end(&r, o, log);
     if (r.step == o->steps) {
         if (o->tokens && c->V > '\n') sample(&m, o, "\n", 0);
         if (r.n_val)
-            printf("\nvalidation loss %.4f over all %zu tokens of the validation split\n",
-                   r.val_loss, r.n_val - 1);
+            printf("\nvalidation loss %.4f over %s %zu tokens of the validation split\n",
+                   r.val_loss, o->answers_only ? "the answers in all" : "all", r.n_val - 1);
         printf("trained in ");
         print_duration(now() - r.start);
         printf("; the model is in %s\n", o->out);
@@ -5556,8 +5619,8 @@ typedef struct {
     size_t low, high;  // sizes of its questions
     uint64_t seed;
     FILE *questions;   // of --task-cmd
-    FILE *asked;       // what --verify-cmd reads
-    int verdicts;      // file descriptor of what it writes
+    int asked;         // file descriptor of what --verify-cmd reads
+    int verdicts;      // of what it writes
     int patience;      // ms that either may be silent
 } Source;
 
@@ -5590,15 +5653,15 @@ static void start_judge(Source *s, const char *command)
     }
     close(to[0]), close(from[1]);
     fcntl(to[1], F_SETFD, FD_CLOEXEC);
+    fcntl(to[1], F_SETFL, O_NONBLOCK); // it may not read
     fcntl(from[0], F_SETFD, FD_CLOEXEC);
-    s->asked = fdopen(to[1], "w");
+    s->asked = to[1];
     s->verdicts = from[0];
-    NEED(s->asked, "--verify-cmd: cannot open a pipe: %s", strerror(errno));
 }
 
 static Source source_open(const Options *o)
 {
-    Source s = {0, 0, 0, o->seed, NULL, NULL, -1, (int)(1000 * min_size(o->patience, 1000000))};
+    Source s = {0, 0, 0, o->seed, NULL, -1, -1, (int)(1000 * min_size(o->patience, 1000000))};
     while (s.task < TASKS && strcmp(o->task, task_names[s.task])) s.task++;
     int own = *o->task_cmd || *o->verify_cmd;
     NEED(!own || ranks == 1, "--task-cmd and --verify-cmd serve one process, not %d", ranks);
@@ -5609,8 +5672,6 @@ static Source source_open(const Options *o)
         source_sizes(&s, o->size);
         return s;
     }
-    NEED(is_utf8(o->task_cmd) && is_utf8(o->verify_cmd),
-         "--task-cmd, --verify-cmd: a command that is not UTF-8 cannot be saved");
     s.task = TASKS;
     fflush(NULL);
     signal(SIGINT, SIG_IGN); // Ctrl-C is for this program alone; those that it starts inherit this
@@ -5619,8 +5680,18 @@ static Source source_open(const Options *o)
     fcntl(fileno(s.questions), F_SETFD, FD_CLOEXEC);
     start_judge(&s, o->verify_cmd);
     signal(SIGINT, SIG_DFL);
-    signal(SIGPIPE, SIG_IGN); // a judge that ends is then an error that a write returns
+    signal(SIGPIPE, SIG_IGN); // that a judge has ended a write then returns
     return s;
+}
+
+// Whether there is something to read from a program (POLLIN) or room to write to it (POLLOUT),
+// within so many ms.
+static int program_ready(int fd, short what, int patience)
+{
+    struct pollfd p = {fd, what, 0};
+    int ready;
+    while ((ready = poll(&p, 1, patience)) < 0 && errno == EINTR) {}
+    return ready > 0;
 }
 
 // Reads a line that a program writes, its line feed included; 0 if the program ends, writes more
@@ -5628,15 +5699,23 @@ static Source source_open(const Options *o)
 static int program_line(int fd, int patience, char *text, size_t size)
 {
     for (size_t i = 0; i + 1 < size; i++) {
-        struct pollfd p = {fd, POLLIN, 0};
-        int ready;
-        while ((ready = poll(&p, 1, patience)) < 0 && errno == EINTR) {}
-        if (ready <= 0 || read(fd, text + i, 1) != 1) return 0;
+        if (!program_ready(fd, POLLIN, patience) || read(fd, text + i, 1) != 1) return 0;
         if (text[i] != '\n') continue;
         text[i + 1] = 0;
         return 1;
     }
     return 0;
+}
+
+// Writes to a program; 0 if it has ended or does not read.
+static int program_tell(int fd, int patience, const char *text)
+{
+    for (size_t n = strlen(text); n > 0;) {
+        ssize_t written = program_ready(fd, POLLOUT, patience) ? write(fd, text, n) : 0;
+        if (written <= 0) return 0;
+        text += written, n -= (size_t)written;
+    }
+    return 1;
 }
 
 // Puts the i-th question for training or testing into a line; 0 if there is none. An eighth of a
@@ -5667,35 +5746,38 @@ static int source_question(Source *s, Line *line, int testing, uint64_t i)
     return 1;
 }
 
-// Judges an answer; 0 if the judge does not.
+// Judges an answer; 0 if the judge does not, or has said something unasked.
 static int source_judge(Source *s, const char *question, const char *answer, Reward *reward)
 {
     Question q;
-    char text[64], *end;
+    char text[2 * LINE + 2], *end;
     if (s->task < TASKS) {
         if (!parse_question(&q, s->task, question)) return 0;
         *reward = judge(&q, answer);
         return 1;
     }
-    fprintf(s->asked, "%s\t%s\n", question, answer);
-    if (fflush(s->asked) || !program_line(s->verdicts, s->patience, text, sizeof text)) return 0;
+    snprintf(text, sizeof text, "%s\t%s\n", question, answer);
+    if (program_ready(s->verdicts, POLLIN, 0) || !program_tell(s->asked, s->patience, text) ||
+        !program_line(s->verdicts, s->patience, text, 64)) return 0;
     reward->accuracy = strtod(text, &end);
     reward->format = 0;
-    return end > text && *end == '\n' && isfinite(reward->accuracy);
+    return end > text && *end == '\n' && fabs(reward->accuracy) <= 1e9;
 }
 
 enum { END = '\n' }; // begins every question and ends every answer
 
-// Writes question q as the prompt of text i; 0 if it is too long.
-static int rollout_ask(Rollout *r, size_t i, const Line *q)
+// Writes question q as the prompt of text i; returns NULL, or what is wrong with it.
+static const char *rollout_ask(Rollout *r, size_t i, const Line *q, size_t V)
 {
     int *to = r->text + i * r->most;
-    if (q->length + 2 >= r->most) return 0;
+    if (q->length + 2 >= r->most) return "a question is too long; use a larger --max-prompt";
+    for (size_t k = 0; k < q->length; k++)
+        if ((unsigned char)q->text[k] >= V) return "a question has bytes outside the vocabulary";
     to[0] = END;
     tokens_copy(to + 1, q->text, q->length);
     to[q->length + 1] = '\t';
     r->prompt[i] = r->length[i] = q->length + 2;
-    return 1;
+    return NULL;
 }
 
 // The answer of text i, empty if it did not end or is no text.
@@ -5738,6 +5820,13 @@ static Exam exam_make(const Model *m, Source *source, const Options *o, size_t n
     Exam e;
     memset(&e, 0, sizeof e);
     e.source = source;
+    e.decoder = decoder_plan(m, n, most, 1, n, most);
+    double needed = (double)e.decoder.arena.used + (double)n * (double)most * 8 +
+                    (double)n * (double)(sizeof(Line) + m->config.V * sizeof(accum));
+    if (needed > free_memory())
+        die(FAILED, "%zu answers side by side need %.0f MB of memory; use a smaller --max-tokens",
+            n, 1e-6 * needed);
+    decoder_free(&e.decoder);
     e.decoder = decoder_make(m, n, most, 1, n, most);
     e.roll = rollout_make(n, most, o->max_tokens);
     e.question = (Line *)host_alloc(n, sizeof(Line));
@@ -5759,6 +5848,7 @@ static const char *exam_sit(Exam *e, const Sampler *sampler, int testing, size_t
                             size_t questions, size_t group)
 {
     static char answer[LINE];
+    const char *wrong;
     Rollout *r = &e->roll;
     r->n = questions * group;
     for (size_t i = 0; i < r->n; i++) {
@@ -5767,7 +5857,7 @@ static const char *exam_sit(Exam *e, const Sampler *sampler, int testing, size_t
             return "--task-cmd ended, was silent beyond --patience, wrote a tab or a line that is "
                    "too long, or the same few questions only; it must write questions, a line "
                    "each, without end";
-        if (!rollout_ask(r, i, q)) return "a question is too long; use a larger --max-prompt";
+        if ((wrong = rollout_ask(r, i, q, e->decoder.m->config.V))) return wrong;
     }
     double start = now();
     rollout_draw(r, &e->decoder, sampler, END);
@@ -5775,9 +5865,9 @@ static const char *exam_sit(Exam *e, const Sampler *sampler, int testing, size_t
     for (size_t i = 0; i < r->n; i++) {
         rollout_answer(answer, r, i);
         if (!source_judge(e->source, e->question[i / group].text, answer, &e->reward[i]))
-            return "--verify-cmd ended, was silent beyond --patience or did not answer with a "
-                   "number; it must write a reward, a line each, for every line "
-                   "question<TAB>answer that it reads, and flush it";
+            return "--verify-cmd ended, was silent beyond --patience or wrote something else than "
+                   "a number for a line; it must write a reward of at most 1e9, a line each, for "
+                   "every line question<TAB>answer that it reads, and flush it";
     }
     return NULL;
 }
@@ -5788,7 +5878,7 @@ static const char *ranks_error(const char *error)
     double failed = error != NULL;
     ranks_max(&failed, 1);
     return error ? error : failed > 0 ? "a question of another process is too long; use a larger "
-                          "--max-prompt" : NULL;
+                                        "--max-prompt" : NULL;
 }
 
 // Accuracy on n test questions, answered greedily.
@@ -6096,12 +6186,13 @@ static int command_rl(const Options *given)
 {
     Options own = *given, *o = &own;
     o->steps = o->rl_steps, o->lr = o->rl_lr, o->save_every = o->rl_save_every;
+    o->optimizer = o->rl_optimizer;
     Config config = directory_config(o->model);
     const Config *c = &config;
     Source source = source_open(o);
     size_t questions = o->questions / (size_t)ranks; // of this process
     size_t n = size_mul(questions, o->group), most = exam_length(o, c);
-    int muon = is_muon(o->rl_optimizer);
+    int muon = is_muon(o->optimizer);
     rl_check(o, n);
     Run r;
     memset(&r, 0, sizeof r);
@@ -6135,7 +6226,7 @@ static int command_rl(const Options *given)
            o->questions, o->group, o->max_tokens);
     print_processors();
     if (!r.step) r.val_loss = test_accuracy(&e, o->test, &error);
-    printf("test accuracy %.1f%%\n", 100 * r.val_loss);
+    if (o->test && !error) printf("test accuracy %.1f%%\n", 100 * r.val_loss);
     r.start = now();
     while (!stop && !error) {
         size_t first = r.step * o->questions + (size_t)rank * questions; // of its questions
@@ -6155,10 +6246,10 @@ static int command_rl(const Options *given)
         rl_warn(&s);
         fflush(stdout);
         if (stop || (o->save_every && r.step % o->save_every == 0))
-            run_save(&r, o, &m, &opt, ref, log);
+            run_save(&r, o, &m, &opt, ref, &a, log);
     }
     if (error) {
-        if (r.step > r.saved) run_save(&r, o, &m, &opt, ref, log);
+        if (r.step > r.saved) run_save(&r, o, &m, &opt, ref, &a, log);
         die(FAILED, "%s%s%s", error, r.step ? "; saved, go on with ./moe rl --resume " : "",
             r.step ? o->out : "");
     }
@@ -6777,7 +6868,8 @@ static int sample_answer(const Options *given)
     Exam e = exam_make(&m, &source, o, 1);
     Line *line = &e.question[0];
     put(line, "%s", o->prompt);
-    NEED(rollout_ask(&e.roll, 0, line), "--prompt is too long; use a larger --max-prompt");
+    const char *wrong = rollout_ask(&e.roll, 0, line, m.config.V);
+    NEED(!wrong, "--prompt: %s", wrong);
     rollout_draw(&e.roll, &e.decoder, &sampler, END);
     rollout_answer(answer, &e.roll, 0);
     for (size_t i = e.roll.prompt[0]; i < e.roll.length[0]; i++) print_token(e.roll.text[i]);
@@ -6792,20 +6884,15 @@ static int sample_answer(const Options *given)
 static int command_sample(const Options *o)
 {
     if (*o->sample_task) return sample_answer(o);
-    Model shape;
-    memset(&shape, 0, sizeof shape);
-    shape.config = directory_config(o->model);
-    const Config *c = &shape.config;
+    Config config = directory_config(o->model);
+    const Config *c = &config;
     NEED(*o->prompt, "--prompt is empty; it needs at least one character");
     NEED(!o->speculate || c->D, "%s: has no multi-token prediction layer, which --speculate needs; "
          "train --config laptop-mtp has one", o->model);
     for (const char *p = o->prompt; *p; p++)
         NEED((unsigned char)*p < c->V, "--prompt: byte %d is outside the vocabulary of %zu",
              (unsigned char)*p, c->V);
-    Decoder plan = SAMPLE_DECODER(decoder_plan, &shape, strlen(o->prompt), o->tokens);
-    size_t angles = size_mul(2 * plan.positions, c->Dr * sizeof(accum));
-    const char *memory = memory_plan(c, 0, 0, 0, plan.arena.used + angles);
-    decoder_free(&plan);
+    const char *memory = memory_plan(c, 0, 0, 0, sample_bytes(c, strlen(o->prompt), o->tokens));
     Model m = model_load(o->model, 0);
     fprintf(stderr, "memory: %s\n", memory);
     Generation g = sample(&m, o, o->prompt, o->speculate);
@@ -6944,11 +7031,8 @@ static void check_routing(const Model *m, Acts *a, const char *file)
 {
     const Config *c = &m->config;
     Shard *shard = (Shard *)host_alloc(1, sizeof(Shard));
-    Path path;
     NEED(is_moe(c, c->L - 1), "--routing %s: this model has no experts to choose from", file);
-    NEED(snprintf(path.text, sizeof path.text, "%s", file) < (int)sizeof path.text,
-         "--routing %.99s...: the path is too long", file);
-    *shard = shard_open(path);
+    *shard = shard_open(path_append(file, ""));
     Checkpoint dump = checkpoint_list(file, shard, 1);
     char topk_name[NAME_MAX_LENGTH], f_name[NAME_MAX_LENGTH];
     size_t most = a->B * (a->T * c->K + c->E);
@@ -6981,6 +7065,9 @@ static int command_check(const Options *o)
     size_t T = sequence_length(o, &c), B = o->batch;
     Data text = data_load(o->data, &c);
     NEED(B > 0, "--batch must be at least 1");
+    NEED(!is_same_file(o->dump, o->data) &&
+         !is_same_file(o->dump, path_join(o->model, "model.safetensors").text),
+         "--dump %s: what is read stands there; choose another file", o->dump);
     NEED(text.n >= size_mul(B, T + 1), "%s: has %zu bytes; --batch %zu --seq %zu takes %zu",
          o->data, text.n, B, T, B * (T + 1));
     int *tokens = (int *)host_alloc(B * (T + 1), sizeof(int));
@@ -7052,6 +7139,15 @@ static void print_help(const Command *command)
     OPTIONS(HELP)
 }
 
+// The exit status, unless something could not be printed.
+static int finish(int status)
+{
+    if (fflush(stdout) || ferror(stdout))
+        die(FAILED, "standard output: cannot write: %s", strerror(errno));
+    ranks_end();
+    return status;
+}
+
 static Options parse_options(const Command *command, int argc, char **argv)
 {
     Options o;
@@ -7065,8 +7161,7 @@ static Options parse_options(const Command *command, int argc, char **argv)
         int words = 0;
         if (!strcmp(is, "--help")) {
             print_help(command);
-            ranks_end();
-            exit(0);
+            exit(finish(0));
         }
 #define PARSE(commands, type, field, name, standard, takes, ...) \
         if (((commands) & command->bit) && !strcmp(is, "--" name)) { \
@@ -7078,18 +7173,22 @@ static Options parse_options(const Command *command, int argc, char **argv)
         NEED(words, "unknown option %s; moe %s --help lists them", is, command->name);
         i += words - 1;
     }
+    NEED(!*o.resume || !strcmp(o.model, o.resume), "--model %s: --resume goes on with the model in "
+         "%s", o.model, o.resume);
     return o;
 }
 
 #ifndef MOE_NO_MAIN
 int main(int argc, char **argv)
 {
+    int fd = 0;
+    while (fd >= 0 && fd < 3) fd = open("/dev/null", O_RDWR); // what is closed is no file's number
+    if (fd >= 3) close(fd);
     signal(SIGXFSZ, SIG_IGN); // a file-size limit is then an error that a write returns
     ranks_start(&argc, &argv);
     if (argc < 2 || !strcmp(argv[1], "--help") || !strcmp(argv[1], "help")) {
         print_help(NULL);
-        ranks_end();
-        return argc < 2 ? BAD_INPUT : 0;
+        return finish(argc < 2 ? BAD_INPUT : 0);
     }
     for (size_t i = 0; i < COMMANDS; i++)
         if (!strcmp(argv[1], commands[i].name)) {
@@ -7097,11 +7196,7 @@ int main(int argc, char **argv)
             NEED(ranks == 1 || commands[i].bit & (TRAIN | RL), "moe %s takes one process, not %d; "
                  "start it without mpirun", commands[i].name, ranks);
             use_threads(o.threads);
-            int status = commands[i].run(&o);
-            if (fflush(stdout) || ferror(stdout))
-                die(FAILED, "standard output: cannot write: %s", strerror(errno));
-            ranks_end();
-            return status;
+            return finish(commands[i].run(&o));
         }
     die(BAD_INPUT, "unknown command %s; moe --help lists them", argv[1]);
 }

@@ -2686,7 +2686,8 @@ static void test_rollout_answer(void)
         Rollout r = rollout_make(2, MOST, MOST);
         int is_long = i >= sizeof cases / sizeof *cases;
         size_t length = is_long ? LINE - i % 2 : cases[i].length, n = 0;
-        rollout_ask(&r, 1, &question);
+        EXPECT(!rollout_ask(&r, 1, &question, 256), "a question is refused");
+        EXPECT(rollout_ask(&r, 0, &question, '3'), "a byte outside the vocabulary is taken");
         for (size_t t = 0; t < 5; t++)
             EXPECT(r.text[MOST + t] == "\n3+4\t"[t], "token %zu of the prompt is %d", t,
                    r.text[MOST + t]);
@@ -2742,9 +2743,10 @@ enum { CANNOT_OBEY = 98 };  // exit status where that cannot be had
 
 #define ARGS(...) (const char *const[]){__VA_ARGS__, NULL}
 
+static const char *moe_program(void) { return getenv("MOE") ? getenv("MOE") : "./moe"; }
+
 static pid_t start_moe(const char *const *args)
 {
-    const char *program = getenv("MOE") ? getenv("MOE") : "./moe";
     char *out = in_directory("stdout"), *err = in_directory("stderr"), *argv[60] = {(char *)"moe"};
     for (size_t i = 0; args[i]; i++) argv[i + 1] = (char *)args[i];
     remove(out);
@@ -2761,7 +2763,7 @@ static pid_t start_moe(const char *const *args)
     if (obeys_modes && root) _exit(CANNOT_OBEY);
     if (freopen("/dev/null", "r", stdin) && freopen(out, "w", stdout) &&
         freopen(err, "w", stderr) && !(file_limit && setrlimit(RLIMIT_FSIZE, &limit)))
-        execv(program, argv);
+        execv(moe_program(), argv);
     _exit(99);
 }
 
@@ -3482,6 +3484,11 @@ static void test_command_line_errors(void)
     static const char *const bad[] = {"x", "", "-1", "nan", "3x", "1e999", "1.5", "9999999999999"};
     for (size_t i = 0; i < 8; i++) REFUSED("--steps", "train", "--steps", bad[i]);
     for (size_t i = 0; i < 6; i++) REFUSED("--lr", "train", "--lr", bad[i]);
+    REFUSED("from 0 to 1099511627776", "train", "--seed", "1099511627777");
+    REFUSED("--beta1 is '1'; it must be a number from 0 to less than 1", "train", "--beta1", "1");
+    REFUSED("less than 1", "check", "--beta2", "1");
+    REFUSED("less than 1", "rl", "--momentum", "1");
+    REFUSED("--slips is '1.5'; it must be a number from 0 to 1", "task", "--slips", "1.5");
     REFUSED("--data", "train", "--config", config);
     REFUSED("--data", "check", "--config", config);
     REFUSED("--data", "eval", "--model", model);
@@ -3501,6 +3508,18 @@ static void test_command_line_errors(void)
     REFUSED(under, "train", "--config", config, "--data", excerpt, "--out", under);
     REFUSED(few, "train", "--config", config, "--data", excerpt, "--out", few);
     REFUSED(under, "check", "--config", config, "--data", excerpt, "--dump", under);
+    REFUSED("not a regular file", "check", "--config", config, "--data", excerpt, "--batch", "1",
+            "--dump", "/dev/null");
+    REFUSED("what is read stands there", "check", "--model", model, "--data", excerpt, "--dump",
+            in_path(model, "model.safetensors"));
+    REFUSED("what is read stands there", "check", "--config", config, "--data", few, "--dump", few);
+    char *deep = (char *)room(4096, 1);
+    memset(deep, 'x', 4080);
+    REFUSED("the path is too long", "train", "--config", config, "--data", excerpt, "--out", deep);
+    REFUSED("--answers-only, but no answer, after a tab, is in the part that trains", "train",
+            "--config", config, "--data", excerpt, "--out", none, "--answers-only");
+    REFUSED("--tokens: a text of", "train", "--config", config, "--data", excerpt, "--out", none,
+            "--tokens", "3000000000");
     REFUSED("byte 2 is 195", "check", "--config", ascii, "--data", few);
     REFUSED("--prompt", "sample", "--model", model, "--prompt", "");
     EXPECT(access(none, F_OK), "something was made where nothing should be");
@@ -3604,10 +3623,11 @@ static void expect_dumped(const Json *header, Parts p, const Entry *e)
 static void test_check_dump(void)
 {
     enum { B = 2, T = 7 };
-    char *path = saved_model("dumped");
+    char *path = saved_model("dumped"), *link_path = in_directory("link");
+    write_text(in_directory("dump.safetensors"), "");
+    REQUIRE(!symlink("dump.safetensors", link_path), "no link");
     Ran r = expect_success(ARGS("check", "--model", path, "--data", excerpt, "--batch", "2",
-                                "--seq", "7", "--steps", "2", "--dump",
-                                in_directory("dump.safetensors")));
+                                "--seq", "7", "--steps", "2", "--dump", link_path));
     REQUIRE(r.status == 0, "no dump to go on with");
     Model m = model_load(path, 1);
     Data text = data_load(excerpt, &m.config);
@@ -3625,6 +3645,8 @@ static void test_check_dump(void)
     for (size_t i = 0; i < 5; i++) near(got[i], expected[i], 1e-5, label("printed number %zu", i));
 
     Parts p = read_parts(directory, "dump.safetensors");
+    struct stat link;
+    EXPECT(!lstat(link_path, &link) && S_ISLNK(link.st_mode), "the link was replaced");
     Json *header = json_parse("dump.safetensors", p.header, strlen(p.header));
     accum loss[4] = {(accum)s.total, (accum)s.main, (accum)s.mtp, (accum)s.balance};
     Entry others[] = {{"logits", {B, T, 256}, 3, a.layer[m.config.L - 1].logits, NULL},
@@ -3940,8 +3962,8 @@ static void wait_for(const char *text)
 // The first SIGINT or SIGTERM saves and stops, the second stops at once.
 static void test_signals(void)
 {
-    static const int signals[] = {SIGINT, SIGTERM};
-    for (size_t i = 0; i < 2; i++) {
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    for (size_t i = 0; i < 3; i++) {
         char *run = tiny_run(label("signal-%d", signals[i]), "1");
         pid_t child = start_moe(ARGS("train", "--resume", run, "--save-every", "0", "--log-every",
                                      "1"));
@@ -3958,6 +3980,13 @@ static void test_signals(void)
         EXPECT(saved_step(run) == step + 1, "signal %d: went on with %zu", signals[i],
                saved_step(run));
     }
+    char *run = tiny_run("no-reader", "1"); // as with | head -1
+    int status = system(label("%s train --resume %s --save-every 0 --log-every 1 2>%s | head -c 9 "
+                              ">/dev/null", moe_program(), run, in_directory("stderr")));
+    size_t n;
+    EXPECT(status == 0 && saved_step(run) > 1 && strstr(file_text(in_directory("stderr"), &n),
+           "moe: standard output: cannot write"), "without a reader: saved step %zu, '%s'",
+           saved_step(run), file_text(in_directory("stderr"), &n));
     char *out = in_directory("slow");
     pid_t child = start_moe(ARGS("train", "--config", tiny_config(), "--data", excerpt, "--out",
                                  out, "--accumulate", "1000000")); // a step without end
@@ -3981,11 +4010,43 @@ static void test_not_finite(void)
     for (const char *s = r.out; (s = strstr(s, ": skipped")); s++) skipped++;
     EXPECT(r.status == 1 && strstr(r.err, "try a smaller --lr"), "status %d, '%s'", r.status,
            r.err);
-    EXPECT(skipped == 5 || strstr(r.err, "no longer finite"), "%zu steps skipped: %s", skipped,
+    EXPECT(skipped == 5 || strstr(r.err, "no longer give"), "%zu steps skipped: %s", skipped,
            r.err);
     Model m = model_load(run, 0); // dies if a weight is not finite
-    model_free(&m);
     expect_success(ARGS("eval", "--model", run, "--data", excerpt));
+    for (size_t i = 0; i < m.config.V * m.config.C; i++) m.w.lm_head[i] = 3e38f;
+    char *huge = in_directory("huge"), *out = in_directory("huge-out"); // each weight is finite
+    model_save(&m, huge);
+    model_free(&m);
+    r = run_moe(ARGS("eval", "--model", huge, "--data", excerpt));
+    EXPECT(r.status == 1 && !*r.out && strstr(r.err, "moe: the loss over the text is"),
+           "eval: status %d, '%s', '%s'", r.status, r.out, r.err);
+    expect_error(1, "2 steps in a row were not finite; this run has saved nothing in",
+                 ARGS("train", "--model", huge, "--data", excerpt, "--steps", "2", "--out", out));
+    expect_error(1, "the loss over the text is", ARGS("train", "--config", tiny_config(), "--data",
+                 excerpt, "--out", out, "--steps", "1", "--warmup", "0", "--lr", "1e20",
+                 "--adam-lr", "1e20"));
+    EXPECT(access(in_path(out, "config.json"), F_OK), "something was saved");
+}
+
+// What would spoil a run's directory is refused: another run at work, another optimizer's state.
+static void test_run_directory(void)
+{
+    char *run = tiny_run("directory", "2");
+    int lock = open(run, O_RDONLY);
+    REQUIRE(lock >= 0 && !flock(lock, LOCK_EX | LOCK_NB), "no lock");
+    REFUSED("another run writes there", "train", "--resume", run);
+    close(lock);
+    REFUSED("--optimizer is adamw, but the run", "train", "--resume", run, "--optimizer", "adamw");
+    REFUSED("--resume goes on with the model in", "train", "--resume", run, "--model", directory);
+    remove(in_path(run, "log.csv"));
+    int status = system(label("%s train --resume %s --stop-after 3 --log-every 1 >&- 2>%s",
+                              moe_program(), run, in_directory("stderr"))); // what is printed goes
+    size_t n;
+    char *log = file_text(in_path(run, "log.csv"), &n);
+    EXPECT(status == 0 && saved_step(run) == 3 && !strncmp(log, "step,loss,", 10) &&
+           strstr(log, "\n3,") && !strstr(log, "tok/s"), "status %d, step %zu, log.csv '%s'",
+           status, saved_step(run), log);
 }
 
 // Memory that is not there is refused before anything is allocated or written.
@@ -4289,6 +4350,15 @@ static void test_rl(void)
     r = expect_success(EVAL_OWN(out, judges)); // and the program's judge confirms it
     EXPECT(strstr(r.out, "greedy 100.0%"), "eval says '%s'", r.out);
     expect_error(1, "--verify-cmd ended", EVAL_OWN(out, "true"));
+    expect_error(1, "wrote something else", EVAL_OWN(out, "while read -r l; do echo 1; echo 0; "
+                                                          "done"));
+    expect_error(1, "--verify-cmd", // one that does not read what it is asked
+                 ARGS("eval", "--model", out, "--task-cmd", asks, "--verify-cmd",
+                      "while sleep 0.001; do echo 1; done", "--test", "20", "--max-tokens", "12",
+                      "--threads", "1", "--patience", "1"));
+    expect_error(1, "outside the vocabulary",
+                 ARGS("eval", "--model", out, "--task-cmd", "while echo '\xFF'; do :; done "
+                      "2>/dev/null", "--verify-cmd", judges, "--max-tokens", "12"));
     expect_error(1, "silent beyond --patience", // a judge that keeps what it should say
                  ARGS("eval", "--model", out, "--task-cmd", asks, "--verify-cmd",
                       "cat > /dev/null", "--test", "20", "--max-tokens", "12", "--threads", "1",
@@ -4410,7 +4480,8 @@ static void test_rl_programs(void)
     check_rl_ends(model, "says-nothing", 0, asks, "true", answer);
     check_rl_ends(model, "says-so-much", 2, asks, UP_TO(20, "read -r l; echo 1"), answer);
     check_rl_ends(model, "says-more", 2, asks, UP_TO(20, "read -r l; echo 1"), go_on);
-    static const char *const nonsense[] = {"nonsense", "", "nan", "inf", "1 2", "1x", "1e999"};
+    static const char *const nonsense[] = {"nonsense", "", "nan", "inf", "1 2", "1x", "1e999",
+                                             "1e10"};
     for (size_t i = 0; i < sizeof nonsense / sizeof *nonsense; i++)
         check_rl_ends(model, label("says-%zu", i), i == 1, asks,
                       label("%s; while read -r l; do echo '%s'; done",
@@ -4497,6 +4568,7 @@ static void test_task(void)
         EXPECT(!strcmp(texts[0], texts[1]) && strcmp(texts[0], texts[2]), "%s: not by the seed",
                task_names[task]);
     }
+    REFUSED("a line of more than", "task", "--task", "columns", "--slips", "1", "--lines", "1");
 }
 #endif // not MOE_DOUBLE
 
@@ -4544,7 +4616,8 @@ static const Test tests[] = {
     TEST(sizes_beyond_int) TEST(window_start) TEST(schedule) TEST(text_loss) TEST(answers_only)
     TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump) TEST(check_routing)
     TEST(resume_is_exact) TEST(seq_warmup) TEST(killed_while_saving) TEST(disk_full)
-    TEST(read_only_directory) TEST(signals) TEST(not_finite) TEST(memory_refused) TEST(plan)
+    TEST(read_only_directory) TEST(signals) TEST(run_directory) TEST(not_finite)
+    TEST(memory_refused) TEST(plan)
     TEST(plan_options) TEST(bench) TEST(rl) TEST(rl_resume) TEST(rl_options) TEST(rl_programs)
     TEST(rl_programs_end) TEST(task)
 #endif
