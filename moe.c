@@ -5521,7 +5521,7 @@ static void run_count_bad(Run *r, const Options *o, size_t bad)
 
 static int run_stops(const Run *r, const Options *o)
 {
-    double told[2] = {stop_signal, ferror(stdout)};
+    double told[2] = {(double)stop_signal, (double)ferror(stdout)};
     ranks_max(told, 2); // they may have reached one process only
     if (told[0] > 0) stop_signal = (sig_atomic_t)told[0];
     return r->step == o->steps || stop_signal || told[1] > 0 ||
