@@ -51,6 +51,7 @@ A pointer's comment gives its shape, rows first. An operation's outputs come bef
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -188,8 +189,12 @@ static double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) //
     return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);
 }
 
+static int wait_asleep; // threads for each other
+
 static void use_threads(size_t n)
 {
+    const char *policy = getenv("OMP_WAIT_POLICY");
+    wait_asleep = policy && !strcasecmp(policy, "passive");
 #ifdef _OPENMP
     size_t asked = n ? n : (size_t)omp_get_max_threads(); // which OMP_NUM_THREADS may set
     if (asked > 1024) die(BAD_INPUT, "%zu threads; at most 1024 make sense: --threads N", asked);
@@ -661,9 +666,9 @@ static int team_size(void)
 #endif
 }
 
-// Waits for the other threads of the team, and sees what they wrote. OpenMP's barrier would do, but
-// libgomp's makes a system call each time, and spins for milliseconds even where another program
-// has the core of the thread that is waited for.
+// Waits for the other threads of the team, and sees what they wrote. Where threads are to wait
+// asleep (OMP_WAIT_POLICY=passive) that is OpenMP's barrier; but libgomp's makes a system call each
+// time, and else spins for milliseconds even if another program has the core that is waited for.
 #if defined __x86_64__
 #define PAUSE() __builtin_ia32_pause()
 #elif defined __aarch64__
@@ -673,10 +678,14 @@ static int team_size(void)
 #endif
 static void team_wait(void)
 {
-    enum { SPINS = 1000 }; // some 20 us
+    enum { SPINS = 5000 }; // some 100 us
     static struct { unsigned n, pad[31]; } arrived, turn; // far apart: not in one cache line
     unsigned team = (unsigned)team_size(), before = __atomic_load_n(&turn.n, __ATOMIC_RELAXED);
     if (team == 1) return;
+    if (wait_asleep) {
+        #pragma omp barrier
+        return;
+    }
     if (__atomic_add_fetch(&arrived.n, 1, __ATOMIC_ACQ_REL) == team) {
         __atomic_store_n(&arrived.n, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&turn.n, before + 1, __ATOMIC_RELEASE);
