@@ -1954,27 +1954,29 @@ static void latent_attention(real *out,         // [n, NH, Dv]
         gemm(latent + h * n * Rkv, Rkv, q + h * Dq, NH * Dq, 1, w_b + h * (Dn + Dv) * Rkv,
              Rkv, 1, n, Rkv, Dn, SET);
     team_wait();
+    size_t parts = min_size(NH, ceil_div((size_t)team_size(), n)); // of the heads, if rows are few
     #pragma omp for schedule(static, 1) nowait
-    for (size_t i = 0; i < n; i++) { // all heads at once: they see the same latents
+    for (size_t k = 0; k < n * parts; k++) { // heads at once: they see the same latents
+        size_t i = k / parts, h0 = k % parts * NH / parts, H = (k % parts + 1) * NH / parts - h0;
         size_t last = (size_t)pos[i], seen = min_size(last + 1, window), first = last + 1 - seen;
-        real *qi = scratch(NH * (ld + seen)), *p = qi + NH * ld; // [NH, Rkv + Dr], [NH, seen]
-        real *o = sums + i * Rkv;                                // [NH, Rkv]
+        real *qi = scratch(H * (ld + seen)), *p = qi + H * ld; // [H, Rkv + Dr], [H, seen]
+        real *o = sums + (h0 * n + i) * Rkv;                   // [H, Rkv], n rows apart
         size_t at, len, u;
-        for (size_t h = 0; h < NH; h++) {
-            memcpy(qi + h * ld, latent + (h * n + i) * Rkv, Rkv * sizeof(real));
-            memcpy(qi + h * ld + Rkv, q + (i * NH + h) * Dq + Dn, Dr * sizeof(real));
+        for (size_t h = 0; h < H; h++) {
+            memcpy(qi + h * ld, latent + ((h0 + h) * n + i) * Rkv, Rkv * sizeof(real));
+            memcpy(qi + h * ld + Rkv, q + (i * NH + h0 + h) * Dq + Dn, Dr * sizeof(real));
         }
 #define EACH_PIECE /* of the ring, which may begin anew in between: `len` entries from `at` on */ \
     for (u = 0; u < seen && (at = (first + u) % capacity, \
                              len = min_size(seen - u, capacity - at), \
                              at += (size_t)slot[i] * capacity, 1); u += len)
-        EACH_PIECE gemm(p + u, seen, qi, ld, 1, cache + at * ld, 1, ld, NH, len, ld, SET);
-        for (size_t h = 0; h < NH; h++) {
+        EACH_PIECE gemm(p + u, seen, qi, ld, 1, cache + at * ld, 1, ld, H, len, ld, SET);
+        for (size_t h = 0; h < H; h++) {
             real *s = p + h * seen;
             real share = 1 / exp_row(s, row_max(s, seen), seen, (real)scale);
             for (u = 0; u < seen; u++) s[u] *= share;
         }
-        EACH_PIECE gemm(o, n * Rkv, p + u, seen, 1, cache + at * ld, ld, 1, NH, Rkv, len, u > 0);
+        EACH_PIECE gemm(o, n * Rkv, p + u, seen, 1, cache + at * ld, ld, 1, H, Rkv, len, u > 0);
     }
     team_wait();
     #pragma omp for nowait

@@ -1219,8 +1219,9 @@ static void test_threads_same_bits(void)
 {
     Config c = small_config();
     c.V = 70, c.C = 67, c.NH = 3, c.Fe = 33, c.F = 150; // several tiles, odd shares
+    enum { SLOTS = 5, TOKENS = 40 };
     double loss[4];
-    real *w = NULL, *g = NULL;
+    real *w = NULL, *g = NULL, *z[2] = {NULL, NULL}; // z: logits of one sequence, of five
     for (size_t threads = 1; threads <= 3; threads++) {
         use_threads(threads);
         Model m = random_model(&c, 1, 1);
@@ -1243,6 +1244,18 @@ static void test_threads_same_bits(void)
         loss[threads] = model_losses(&m, &a).total;
         EXPECT(loss[threads] == loss[1], "%zu threads: loss %.9g, not %.9g", threads, loss[threads],
                loss[1]);
+        Decoder s = decoder_make(&m, SLOTS, TOKENS, 1, SLOTS, TOKENS);
+        for (int i = 0; i < 2 * TOKENS; i++) { // five at a time, then the first once more alone
+            int alone = i >= TOKENS, rows = alone ? 1 : SLOTS;
+            for (int k = 0; k < rows; k++)
+                s.token[k] = (7 * i % TOKENS + k) % (int)c.V, s.slot[k] = k, s.pos[k] = i % TOKENS;
+            TEAM decode_main(&s, (size_t)rows);
+            if (i % TOKENS < TOKENS - 1) continue;
+            if (!z[alone]) z[alone] = copy_of(s.a.logits, (size_t)rows * c.V);
+            EXPECT(!memcmp(z[alone], s.a.logits, (size_t)rows * c.V * sizeof(real)),
+                   "%zu threads: other logits of %d sequences", threads, rows);
+        }
+        decoder_free(&s);
         acts_free(&a);
         optimizer_free(&o);
         model_free(&m);
