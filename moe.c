@@ -4847,7 +4847,7 @@ enum {
 #define GPU_NAMES "h800, h100, h200, h20, b200, a100, mi300x or rtx-4090"
 #define OPTIONS(X) \
     X(MOST | BENCH | RL, Text, model, "model", "", "DIR", "model directory to start from") \
-    X(TRAIN | CHECK | BENCH, Text, config, "config", "laptop", "FILE", "new model: " CONFIG_NAMES) \
+    X(TRAIN | CHECK | BENCH, Text, config, "config", laptop, "FILE", "new model: " CONFIG_NAMES) \
     X(PLAN, Text, plan_config, "config", "deepseek-v3", "FILE", CONFIG_NAMES) \
     X(RUN | EVAL | CHECK, Text, data, "data", "", "FILE", "text to read") \
     X(TRAIN | RL, Text, out, "out", "out/model", "DIR", "where the trained model goes") \
@@ -4957,6 +4957,8 @@ enum {
     X(PLAN | BENCH, Flag, json, "json", "", "", "print JSON") \
     X(MOST | BENCH | RL | TASK | SAVED, Count, seed, "seed", "1", "S", "of all random numbers") \
     X(MOST | BENCH | RL, Count, threads, "threads", "0", "N", "0: as many as there are")
+
+static const char laptop[] = "laptop"; // so that it shows whether --config was given
 
 typedef const char *Text;
 typedef size_t Count;
@@ -5198,6 +5200,8 @@ static Config config_named(const char *name)
 
 static Config config_from_options(const Options *o)
 {
+    NEED(!*o->model || o->config == laptop, "--config %s: the model in %s has its own", o->config,
+         o->model);
     return *o->model ? directory_config(o->model) : config_named(o->config);
 }
 
@@ -6924,6 +6928,7 @@ static int eval_task(const Options *given)
     Options own = *given, *o = &own;
     static char one[LINE], other[LINE];
     o->task = o->test_task;
+    NEED(!*o->data, "--data %s: not read where a task is answered", o->data);
     Source source = source_open(o);
     size_t votes = o->votes, length = 0;
     NEED(o->test && votes && votes <= 512, "--test must be at least 1, --votes 1 to 512");

@@ -3517,6 +3517,8 @@ static void test_command_line_errors(void)
     REFUSED("--seq is 17", "eval", "--model", model, "--data", excerpt, "--seq", "17");
     REFUSED("--batch", "check", "--config", config, "--data", excerpt, "--batch", "0");
     REFUSED("--steps", "train", "--config", config, "--data", excerpt, "--steps", "0");
+    REFUSED("has its own", "check", "--config", "laptop", "--model", model, "--data", excerpt);
+    REFUSED("--data", "eval", "--task", "add", "--model", model, "--data", excerpt);
     REFUSED("sgd", "train", "--config", config, "--data", excerpt, "--optimizer", "sgd");
     REFUSED(under, "train", "--config", config, "--data", excerpt, "--out", under);
     REFUSED(few, "train", "--config", config, "--data", excerpt, "--out", few);
