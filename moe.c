@@ -4922,14 +4922,14 @@ enum {
     X(RUN, Share, seq_warmup, "seq-warmup", "0", "X", \
       "share of the steps in which sequences grow to --seq, from an eighth of it; so many more") \
     X(RUN, Share, min_lr, "min-lr", "0.02", "X", "share of the peak that the cosine ends at") \
-    X(RUN | RL | CHECK, Decay, beta1, "beta1", "0.9", "X", "AdamW's decay of the mean gradient") \
-    X(RUN | RL | CHECK, Decay, beta2, "beta2", "0.95", "X", "AdamW's decay of the mean square") \
+    X(RUN | RL | CHECK, Fraction, beta1, "beta1", "0.9", "X", "AdamW's decay of mean gradients") \
+    X(RUN | RL | CHECK, Fraction, beta2, "beta2", "0.95", "X", "AdamW's decay of mean squares") \
     X(RUN | RL | CHECK, Number, decay, "weight-decay", "0.1", "X", "decoupled weight decay") \
     X(RUN | CHECK, Number, clip, "clip", "1", "X", "global gradient norm; 0: no clipping") \
-    X(RUN | RL, Decay, momentum, "momentum", "0.9", "X", "Muon's momentum") \
+    X(RUN | RL, Fraction, momentum, "momentum", "0.9", "X", "Muon's momentum") \
     X(RUN, Number, bias_speed, "bias-speed", "0.02", "X", "step of the routers' bias; V3: 0.001") \
     X(CHECK, Number, check_bias_speed, "bias-speed", "0.001", "X", "step of the routers' bias") \
-    X(RUN, Decay, val_share, "val-share", "0.1", "X", "last part of the text, to validate on") \
+    X(RUN, Fraction, val_share, "val-share", "0.1", "X", "last part of the text, to validate on") \
     X(RUN, Count, val_every, "val-every", "200", "N", "steps between validations; 0: at the end") \
     X(RUN, Count, log_every, "log-every", "10", "N", "steps between lines when piped") \
     X(SAMPLE, Text, prompt, "prompt", "\n", "TEXT", "what the text begins with") \
@@ -4962,7 +4962,7 @@ static const char laptop[] = "laptop"; // so that it shows whether --config was 
 
 typedef const char *Text;
 typedef size_t Count;
-typedef double Number, Share, Decay; // any; 0 to 1; less than 1
+typedef double Number, Share, Fraction; // any; 0 to 1; 0 to less than 1
 typedef int Flag;
 
 #define OPTION_FIELD(commands, type, field, ...) type field; Text field##_text; // as it was given
@@ -4983,7 +4983,8 @@ static double parse_real(const char *name, const char *value, double most, const
     ((size_t)parse_real(name, value, 0x1p40, "whole number from 0 to 1099511627776"))
 #define parse_Number(name, value) parse_real(name, value, DBL_MAX, "number, 0 or more")
 #define parse_Share(name, value) parse_real(name, value, 1, "number from 0 to 1")
-#define parse_Decay(name, value) parse_real(name, value, 1 - 1e-9, "number from 0 to less than 1")
+#define parse_Fraction(name, value) \
+    parse_real(name, value, 1 - 1e-9, "number from 0 to less than 1")
 
 // ------------------------------------------------------------------------------------------------
 // 12  Training
@@ -5412,7 +5413,7 @@ static FILE *log_open(const Run *r, const Options *o, const char *head)
 }
 
 // The first SIGINT, SIGTERM or SIGHUP, unless nohup has it ignored, ends the run after its step,
-// saved; the second at once. So does an output that nobody reads any more.
+// saved, as does an output that nobody reads any more; the second signal ends it at once.
 static volatile sig_atomic_t stop_signal = 0;
 
 static void on_signal(int number) { stop_signal = number; }
@@ -7155,8 +7156,8 @@ static void print_help(const Command *command)
     OPTIONS(HELP)
 }
 
-// The exit status, unless something could not be printed.
-static int finish(int status)
+// The status to end with, unless something could not be printed.
+static int exit_status(int status)
 {
     if (fflush(stdout) || ferror(stdout))
         die(FAILED, "standard output: cannot write: %s", strerror(errno));
@@ -7177,7 +7178,7 @@ static Options parse_options(const Command *command, int argc, char **argv)
         int words = 0;
         if (!strcmp(is, "--help")) {
             print_help(command);
-            exit(finish(0));
+            exit(exit_status(0));
         }
 #define PARSE(commands, type, field, name, standard, takes, ...) \
         if (((commands) & command->bit) && !strcmp(is, "--" name)) { \
@@ -7204,7 +7205,7 @@ int main(int argc, char **argv)
     ranks_start(&argc, &argv);
     if (argc < 2 || !strcmp(argv[1], "--help") || !strcmp(argv[1], "help")) {
         print_help(NULL);
-        return finish(argc < 2 ? BAD_INPUT : 0);
+        return exit_status(argc < 2 ? BAD_INPUT : 0);
     }
     for (size_t i = 0; i < COMMANDS; i++)
         if (!strcmp(argv[1], commands[i].name)) {
@@ -7212,7 +7213,7 @@ int main(int argc, char **argv)
             NEED(ranks == 1 || commands[i].bit & (TRAIN | RL), "moe %s takes one process, not %d; "
                  "start it without mpirun", commands[i].name, ranks);
             use_threads(o.threads);
-            return finish(commands[i].run(&o));
+            return exit_status(commands[i].run(&o));
         }
     die(BAD_INPUT, "unknown command %s; moe --help lists them", argv[1]);
 }
