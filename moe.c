@@ -5302,7 +5302,8 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
                      const Model *ref, Acts *a, FILE *log)
 {
     size_t elements = m->layout.elements;
-    Path path = path_join(o->out, state_name);
+    Path path = path_join(o->out, state_name), rows = path_join(o->out, "log.csv");
+    int first = r->saved == r->first_step;
     double sum = sum_squares(m->master, elements) + sum_squares(opt->m, elements) +
                  sum_squares(opt->v, elements), most[2] = {sum, -sum};
     model_forward(m, a);
@@ -5315,8 +5316,9 @@ static void run_save(Run *r, const Options *o, const Model *m, const Optimizer *
             "machines of one kind; %s %s", r->step, run_state(r), o->out);
     r->saved = r->step;
     if (rank > 0) return;
-    if (fflush(log) || fsync(fileno(log)))
-        die(FAILED, "%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    if (fflush(log) || fsync(fileno(log)) ||
+        (first && rename(path_append(rows.text, ".tmp").text, rows.text)))
+        die(FAILED, "%s: cannot write: %s", rows.text, strerror(errno));
     model_save(m, o->out);
     Output out = safetensors_open(path.text);
 #define SAVE_OPTION(commands, type, field, name, ...) \
@@ -5390,26 +5392,22 @@ static void run_load(Run *r, const Options *o, Model *m, Optimizer *opt, Model *
          o->resume, r->step);
 }
 
-// Opens log.csv with the rows of the steps that are done, and nothing after them. They are gone if
-// another run began in the directory and was killed before it saved.
+// Begins log.csv with the rows of the steps that are done, and nothing after them. Until the run
+// saves for the first time it is log.csv.tmp, so that what an earlier run left stays together.
 static FILE *log_open(const Run *r, const Options *o, const char *head)
 {
-    Path path = path_join(o->out, "log.csv");
+    Path before = path_join(o->resume, "log.csv");
     size_t size, rows = 0;
     char *old = NULL, *end = NULL;
     if (rank > 0) return fopen("/dev/null", "w");
-    Path before = path_join(o->resume, "log.csv");
     if (r->step > 0 && !access(before.text, F_OK)) {
         end = old = read_file(before.text, &size, SIZE_MAX - 1);
         while (rows <= r->step && (end = strchr(end, '\n'))) end++, rows++;
     }
-    Output out = output_open(path.text);
-    output_write(&out, end ? old : head, end ? (size_t)(end - old) : strlen(head));
-    output_close(&out);
-    FILE *log = fopen(path.text, "a");
-    NEED(log, "%s: cannot write: %s; choose another --out", path.text, strerror(errno));
+    Output log = output_open(path_join(o->out, "log.csv").text);
+    output_write(&log, end ? old : head, end ? (size_t)(end - old) : strlen(head));
     free(old);
-    return log;
+    return log.f;
 }
 
 // The first SIGINT, SIGTERM or SIGHUP, unless nohup has it ignored, ends the run after its step,

@@ -4054,10 +4054,18 @@ static void test_run_directory(void)
     close(lock);
     REFUSED("--optimizer is adamw, but the run", "train", "--resume", run, "--optimizer", "adamw");
     REFUSED("--resume goes on with the model in", "train", "--resume", run, "--model", directory);
+    size_t n, m;
+    char *rows = file_text(in_path(run, "log.csv"), &n);
+    pid_t child = start_moe(ARGS("train", "--config", tiny_config(), "--data", excerpt, "--out",
+                                 run, "--steps", "1000000", "--save-every", "0", "--log-every",
+                                 "1", "--val-every", "0"));
+    wait_for("step 5/"); // a new run, killed before it saves, leaves what the old one wrote
+    kill(child, SIGKILL);
+    end_moe(child);
+    EXPECT(!strcmp(rows, file_text(in_path(run, "log.csv"), &m)), "log.csv has another run's rows");
     remove(in_path(run, "log.csv"));
     int status = system(label("%s train --resume %s --stop-after 3 --log-every 1 >&- 2>%s",
                               moe_program(), run, in_directory("stderr"))); // what is printed goes
-    size_t n;
     char *log = file_text(in_path(run, "log.csv"), &n);
     EXPECT(status == 0 && saved_step(run) == 3 && !strncmp(log, "step,loss,", 10) &&
            strstr(log, "\n3,") && !strstr(log, "tok/s"), "status %d, step %zu, log.csv '%s'",
