@@ -7061,12 +7061,18 @@ static void check_routing(const Model *m, Acts *a, const char *file)
              "wrote for such a model", file, topk_name);
         stored_read(checkpoint_get(&dump, topk_name, choice, 2), NULL, host);
         for (size_t i = 0; i < rows * c->K; i++) {
-            NEED(is_whole((double)host[i], (double)(c->E - 1)), "%s: %s: element %zu is %g; it "
-                 "must be an expert, 0 to %zu", file, topk_name, i, (double)host[i], c->E - 1);
+            int again = 0;
+            for (size_t k = i - i % c->K; k < i; k++) again |= host[k] == host[i];
+            NEED(is_whole((double)host[i], (double)(c->E - 1)) && !again, "%s: %s: element %zu is "
+                 "%g; it must be an expert, 0 to %zu, each once for a token", file, topk_name, i,
+                 (double)host[i], c->E - 1);
             topk[i] = (int)host[i];
         }
         to_device(a->layer[l].topk, topk, rows * c->K * sizeof(int));
         stored_read(checkpoint_get(&dump, f_name, load, 2), NULL, host);
+        for (size_t i = 0; i < a->B * c->E; i++)
+            NEED(host[i] >= 0 && (double)host[i] <= (double)c->E, "%s: %s: element %zu is %g; it "
+                 "must be a load, 0 to %zu", file, f_name, i, (double)host[i], c->E);
         to_device(a->layer[l].f, host, a->B * c->E * sizeof(accum));
     }
     hold_routing = 1;
