@@ -193,12 +193,12 @@ static int wait_asleep; // threads for each other
 
 static void use_threads(size_t n)
 {
-    const char *policy = getenv("OMP_WAIT_POLICY");
-    wait_asleep = policy && !strcasecmp(policy, "passive");
 #ifdef _OPENMP
+    const char *policy = getenv("OMP_WAIT_POLICY");
     size_t asked = n ? n : (size_t)omp_get_max_threads(); // which OMP_NUM_THREADS may set
     if (asked > 1024) die(BAD_INPUT, "%zu threads; at most 1024 make sense: --threads N", asked);
     if (n > 0) omp_set_num_threads((int)n);
+    wait_asleep = (policy && !strcasecmp(policy, "passive")) || (int)asked > omp_get_num_procs();
 #else
     (void)n;
 #endif
@@ -666,9 +666,10 @@ static int team_size(void)
 #endif
 }
 
-// Waits for the other threads of the team, and sees what they wrote. Where threads are to wait
-// asleep (OMP_WAIT_POLICY=passive) that is OpenMP's barrier; but libgomp's makes a system call each
-// time, and else spins for milliseconds even if another program has the core that is waited for.
+// Waits for the other threads of the team, and sees what they wrote. Where they should sleep, told
+// so by OMP_WAIT_POLICY=passive or being more than the processors, that is OpenMP's barrier. But
+// libgomp's makes a system call each time, and else spins for milliseconds even if another program
+// has the core of the thread that is waited for.
 #if defined __x86_64__
 #define PAUSE() __builtin_ia32_pause()
 #elif defined __aarch64__
@@ -5503,8 +5504,8 @@ static void run_print(const Run *r, const Options *o, const Losses *s, double lo
     fflush(stdout);
 }
 
-// Makes the directory; refuses one that holds a model of another shape, for while one is replaced
-// by the other the directory would hold neither.
+// Makes the directory; refuses one where another run is at work, or that holds a model of another
+// shape, for while one is replaced by the other the directory would hold neither.
 static void prepare_directory(const Options *o, const Config *c)
 {
     Path path = path_join(o->out, "config.json");
