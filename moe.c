@@ -4323,7 +4323,7 @@ static Output output_open(const char *path)
 {
     Output o;
     struct stat st;
-    NEED(stat(path, &st) || S_ISREG(st.st_mode), "%s: not a regular file", path);
+    NEED(stat(path, &st) || S_ISREG(st.st_mode), "%s: not a regular file; name another", path);
     if (!realpath(path, o.path.text)) o.path = path_append(path, ""); // not there yet
     o.temporary = path_append(o.path.text, ".tmp");
     o.f = fopen(o.temporary.text, "wb");
@@ -5787,7 +5787,8 @@ static const char *rollout_ask(Rollout *r, size_t i, const Line *q, size_t V)
     int *to = r->text + i * r->most;
     if (q->length + 2 >= r->most) return "a question is too long; use a larger --max-prompt";
     for (size_t k = 0; k < q->length; k++)
-        if ((unsigned char)q->text[k] >= V) return "a question has bytes outside the vocabulary";
+        if ((unsigned char)q->text[k] >= V)
+            return "a question has bytes outside the model's vocabulary; vocab_size 256 has all";
     to[0] = END;
     tokens_copy(to + 1, q->text, q->length);
     to[q->length + 1] = '\t';

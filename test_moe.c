@@ -4381,11 +4381,7 @@ static void test_rl(void)
     expect_error(1, "--verify-cmd ended", EVAL_OWN(out, "true"));
     expect_error(1, "wrote something else", EVAL_OWN(out, "while read -r l; do echo 1; echo 0; "
                                                           "done"));
-    expect_error(1, "--verify-cmd", // one that does not read what it is asked
-                 ARGS("eval", "--model", out, "--task-cmd", asks, "--verify-cmd",
-                      "while sleep 0.001; do echo 1; done", "--test", "20", "--max-tokens", "12",
-                      "--threads", "1", "--patience", "1"));
-    expect_error(1, "outside the vocabulary",
+    expect_error(1, "outside the model's vocabulary",
                  ARGS("eval", "--model", out, "--task-cmd", "while echo '\xFF'; do :; done "
                       "2>/dev/null", "--verify-cmd", judges, "--max-tokens", "12"));
     expect_error(1, "silent beyond --patience", // a judge that keeps what it should say
@@ -4393,6 +4389,28 @@ static void test_rl(void)
                       "cat > /dev/null", "--test", "20", "--max-tokens", "12", "--threads", "1",
                       "--patience", "1"));
     snprintf(remark, sizeof remark, "accuracy %.2f, then %.2f", first, last);
+}
+
+// Who does not read what is written to it is not waited for longer than --patience.
+static void test_program_tell(void)
+{
+    int to[2];
+    size_t told = 0;
+    char text[1001], got[1001] = "";
+    REQUIRE(!pipe(to), "no pipe");
+    memset(text, 'x', 1000), text[1000] = 0;
+    fcntl(to[1], F_SETFL, O_NONBLOCK);
+    EXPECT(program_tell(to[1], 50, text) && read(to[0], got, 1000) == 1000 && !strcmp(got, text),
+           "'%.9s' came instead of '%.9s'", got, text);
+    double start = now();
+    while (told < 1 << 20 && program_tell(to[1], 50, text)) told++;
+    EXPECT(told > 0 && told < 1 << 20 && now() - start < 5, "%zu texts nobody read, in %.1f s",
+           told, now() - start);
+    close(to[0]);
+    void (*before)(int) = signal(SIGPIPE, SIG_IGN);
+    EXPECT(!program_tell(to[1], 50, text), "nobody is there, and it was told");
+    signal(SIGPIPE, before);
+    close(to[1]);
 }
 
 // A run stopped and resumed ends as one that was not, to the last bit, the reference with it.
@@ -4647,7 +4665,8 @@ static const Test tests[] = {
     TEST(resume_is_exact) TEST(seq_warmup) TEST(killed_while_saving) TEST(disk_full)
     TEST(read_only_directory) TEST(signals) TEST(run_directory) TEST(not_finite)
     TEST(memory_refused) TEST(plan)
-    TEST(plan_options) TEST(bench) TEST(rl) TEST(rl_resume) TEST(rl_options) TEST(rl_programs)
+    TEST(plan_options) TEST(bench) TEST(rl) TEST(program_tell) TEST(rl_resume) TEST(rl_options)
+    TEST(rl_programs)
     TEST(rl_programs_end) TEST(task)
 #endif
 };
