@@ -1006,12 +1006,12 @@ INLINE void gemm_tile(real *c, size_t c_row, const real *a, size_t a_row, size_t
                       const real *b, size_t b_row, size_t m, size_t n, size_t k, int add,
                       size_t tall, int nv)
 {
-    vec zero = {0}, acc[MR][NV];
+    vec zero = {0}, acc[MR][4 * NV]; // of which [tall, nv] are used
     UNROLL for (size_t i = 0; i < tall; i++)
         UNROLL for (int v = 0; v < nv; v++)
             acc[i][v] = zero;
     UNROLL_4 for (size_t p = 0; p < k; p++, a += a_col, b += b_row) {
-        vec bp[NV];
+        vec bp[4 * NV];
         UNROLL for (int v = 0; v < nv; v++)
             bp[v] = vec_load(b + (size_t)v * LANES);
         UNROLL for (size_t i = 0; i < tall; i++)
@@ -1095,6 +1095,23 @@ static void gemm_panels(real *c, size_t c_row, const real *a, size_t a_row, size
                   low - last, n, kc, add, LOW);
         gemm_rows(c + (m - last) * c_row, c_row, ap + (m - last) * a_row, a_row, a_col, bp,
                   b_panel, b_row, last, n, kc, add, LOW / 2);
+    }
+}
+
+// One row times a matrix as it stands, n a multiple of NR: its lines are read whole where tiles are
+// wide.
+static void gemm_one_row(real *c, const real *a, size_t a_col, const real *b, size_t b_row,
+                         size_t n, size_t k, int add)
+{
+    for (size_t p = 0; p == 0 || p < k; p += KC, add = 1) {
+        const real *ap = a + p * a_col, *bp = b + p * b_row;
+        size_t j = 0, kc = min_size(KC, k - p);
+#define TILES_OF(nv) \
+        for (; j + (nv) * LANES <= n; j += (nv) * LANES) \
+            gemm_tile(c + j, n, ap, 0, a_col, bp + j, b_row, 1, (nv) * LANES, kc, add, 1, nv);
+        TILES_OF(4 * NV)
+        TILES_OF(2 * NV)
+        TILES_OF(NV)
     }
 }
 
@@ -1206,6 +1223,8 @@ static void gemm(real *c, size_t c_row, const real *a, size_t a_row, size_t a_co
     int transpose = a_col == 1 && b_row == 1; // to pack b is to transpose it
     if (transpose && m <= FEW)
         gemm_few_rows(c, c_row, a, a_row, b, b_col, m, n, k, add);
+    else if (m == 1 && b_col == 1 && n % NR == 0)
+        gemm_one_row(c, a, a_col, b, b_row, n, k, add);
     else if (m <= 2 * MR && b_col == 1 && n % NR == 0) // b is not read often enough to pack it
         gemm_panels(c, c_row, a, a_row, a_col, b, NR, b_row, m, n, k, add);
     else
@@ -1960,7 +1979,8 @@ static void latent_attention(real *out,         // [n, NH, Dv]
     for (size_t k = 0; k < n * parts; k++) { // heads at once: they see the same latents
         size_t i = k / parts, h0 = k % parts * NH / parts, H = (k % parts + 1) * NH / parts - h0;
         size_t last = (size_t)pos[i], seen = min_size(last + 1, window), first = last + 1 - seen;
-        real *qi = scratch(H * (ld + seen)), *p = qi + H * ld; // [H, Rkv + Dr], [H, seen]
+        size_t row = ceil_div(seen, LANES) * LANES;
+        real *qi = scratch(H * (ld + row)), *p = qi + H * ld; // [H, Rkv + Dr], [H, seen]
         real *o = sums + (h0 * n + i) * Rkv;                   // [H, Rkv], n rows apart
         size_t at, len, u;
         for (size_t h = 0; h < H; h++) {
@@ -1971,13 +1991,14 @@ static void latent_attention(real *out,         // [n, NH, Dv]
     for (u = 0; u < seen && (at = (first + u) % capacity, \
                              len = min_size(seen - u, capacity - at), \
                              at += (size_t)slot[i] * capacity, 1); u += len)
-        EACH_PIECE gemm(p + u, seen, qi, ld, 1, cache + at * ld, 1, ld, H, len, ld, SET);
+        EACH_PIECE gemm(p + u, row, qi, ld, 1, cache + at * ld, 1, ld, H, len, ld, SET);
         for (size_t h = 0; h < H; h++) {
-            real *s = p + h * seen;
-            real share = 1 / exp_row(s, row_max(s, seen), seen, (real)scale);
-            for (u = 0; u < seen; u++) s[u] *= share;
+            real *s = p + h * row;
+            mask_row(s, seen, row);
+            real share = 1 / exp_row(s, row_max(s, row), row, (real)scale);
+            for (u = 0; u < row; u++) s[u] *= share;
         }
-        EACH_PIECE gemm(o, n * Rkv, p + u, seen, 1, cache + at * ld, ld, 1, H, Rkv, len, u > 0);
+        EACH_PIECE gemm(o, n * Rkv, p + u, row, 1, cache + at * ld, ld, 1, H, Rkv, len, u > 0);
     }
     team_wait();
     #pragma omp for nowait

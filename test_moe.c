@@ -1081,9 +1081,9 @@ static void test_gemm(void)
     }
     static const size_t large[][3] = { // beyond KC and NC
         {3, 2 * NC + 5, KC + 3}, {20, NC + 1, KC}, {19, 70, 2 * KC + 1}, {2 * NC + 3, 17, KC + 9},
-        {8, 33, 3 * KC}, {31, 63, KC - 1},
+        {8, 33, 3 * KC}, {31, 63, KC - 1}, {1, 7 * NR, 2 * KC + 3},
     };
-    for (size_t i = 0; i < 6; i++)
+    for (size_t i = 0; i < sizeof large / sizeof *large; i++)
         for (int layout = 0; layout < 8; layout++)
             check_gemm(large[i][0], large[i][1], large[i][2], layout % 4, layout / 4, 7000 + i);
 }
@@ -1095,7 +1095,7 @@ static void test_gemm_bits(void)
     real *a = random_reals(M * K, 1), *b = random_reals(N * K, 2);
     real *whole = reals(M * N), *parts = reals(M * N);
     static const size_t cut[][2] = {{M, N}, {1, N}, {9, 11}, {50, 37}, {71, N}, {M, 16},
-                                    {MR - 1, 2 * NR}};
+                                    {MR - 1, 2 * NR}, {1, 5 * NR}};
     for (int b_t = 0; b_t < 2; b_t++) {
         size_t b_row = b_t ? 1 : N, b_col = b_t ? K : 1;
         gemm(whole, N, a, K, 1, b, b_row, b_col, M, N, K, SET);
