@@ -3208,20 +3208,21 @@ static int compare_choices(const void *x, const void *y)
 static Draw sample_token(const Sampler *s, const accum *logits, size_t V, uint64_t at)
 {
     size_t best = 0;
+    accum most = logits[0];
     for (size_t v = 0; v < V; v++) {
         if (!isfinite((double)logits[v])) {
             #pragma omp critical // of several threads one says so
             die(FAILED, "a logit is not a finite number: the weights are damaged, or --lr was too "
                 "large");
         }
-        if (logits[v] > logits[best]) best = v;
+        if (logits[v] > most) most = logits[v], best = v;
     }
     Draw d = {(int)best, 0, 0};
     if (s->temperature <= 0) return d;
     Choice *choice = (Choice *)host_alloc(V, sizeof(Choice));
     double sum = 0, kept = 0;
     for (size_t v = 0; v < V; v++) {
-        choice[v].p = exp(((double)logits[v] - (double)logits[best]) / s->temperature);
+        choice[v].p = exp(((double)logits[v] - (double)most) / s->temperature);
         choice[v].token = (int)v;
         sum += choice[v].p;
     }
@@ -3241,7 +3242,7 @@ static Draw sample_token(const Sampler *s, const accum *logits, size_t V, uint64
     d.logp = log(choice[i].p / kept);
     d.entropy = log(kept); // - sum p / kept log(p / kept), where log p is what p came from
     for (size_t v = 0; v < n; v++)
-        d.entropy -= choice[v].p / kept * ((double)logits[choice[v].token] - (double)logits[best]) /
+        d.entropy -= choice[v].p / kept * ((double)logits[choice[v].token] - (double)most) /
                      s->temperature;
     free(choice);
     return d;
