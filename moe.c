@@ -189,7 +189,11 @@ static double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) //
     return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);
 }
 
+#ifdef _OPENMP
 static int wait_asleep; // threads for each other
+#else
+enum { wait_asleep = 0 };
+#endif
 
 static void use_threads(size_t n)
 {
