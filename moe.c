@@ -2126,6 +2126,25 @@ static void model_init(Model *m, uint64_t seed)
     }
 }
 
+// A block, by the names of its weights and of what it computes, a row for each token. Decoding
+// keeps c_kv and k_pe of all tokens and nothing else.
+//
+//   x -+- norm - xn -+- wq_a - q_a - norm - c_q - wq_b - rope - q ------------+
+//      |             |                                                        |
+//      |             +- wkv_a -+- norm - c_kv - wkv_b - kv: k_nope, v --- attention - o - wo -+
+//      |                       |                                              |               |
+//      |                       +- rope - k_pe --------------------------------+               |
+//      |                                                                                      |
+//      +--------------------------------------------------------------------------------------+- h
+//
+//   h -+- norm - hn -+- w_router - s - best K of s + bias - topk, g ----------------+
+//      |             |                                       |                      |
+//      |             +----------------------------------- dispatch - xs - experts - combine --+
+//      |             |                                                                        |
+//      |             +- shared experts -------------------------------------------------------+
+//      |                                                                                      |
+//      +--------------------------------------------------------------------------------------+- y
+//
 // Everything a layer computes, once: type, field, which layers have it, whether its value, its
 // gradient or both are kept, rows, columns. N rows are N tokens; routed experts see K of each.
 // What norms read is accum and its gradient real, so that this has a field of its own.
