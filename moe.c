@@ -5116,28 +5116,37 @@ static double share_weights(accum *weight, size_t n)
 #define EVAL_ROWS(T) ceil_div(4096, T) // sequences at once
 
 // Mean loss over every token of bytes[0 .. n) but the first, or over those in answers, in windows
-// of T tokens, of which each sees what stands before it in its window. The last may be shorter.
+// of T tokens, of which each sees what stands before it in its window. The last may be shorter;
+// answers are seen with their questions: a line that does not end in a window begins the next.
 static double text_loss(const Model *m, const char *bytes, size_t n, size_t T, int answers_only)
 {
-    size_t tokens = n - 1, most = EVAL_ROWS(T), t, B, turn = 0;
+    size_t last = n - 1, most = EVAL_ROWS(T), t, turn = 0;
     int *rows = (int *)host_alloc(most * (T + 1), sizeof(int));
     accum *weight = (accum *)host_alloc(most * T, sizeof(accum));
     double sums[2] = {0, 0}; // of losses, of tokens
     Acts a;
     memset(&a, 0, sizeof a);
-    for (size_t at = 0; at < tokens; at += B * t) {
-        t = min_size(T, tokens - at), B = min_size(most, (tokens - at) / t);
+    for (size_t at = 0; at < last;) {
+        size_t B = 0;
+        for (t = min_size(T, last - at); B < most && at < last && at + t <= last; B++) {
+            size_t end = at + t;
+            tokens_copy(rows + B * (t + 1), bytes + at, t + 1);
+            if (answers_only) {
+                find_answers(weight + B * t, bytes, at + 1, t);
+                while (end > at && end < last && bytes[end] != '\n') end--;
+                if (end == at) end = at + t; // a line longer than a window
+                for (size_t i = end - at; i < t; i++) weight[B * t + i] = 0;
+            }
+            at = end;
+        }
         if (turn++ % (size_t)ranks != (size_t)rank) continue;
         if (a.B != B || a.T != t) {
             acts_free(&a);
             a = acts_make(&m->config, B, t, 0);
         }
-        for (size_t b = 0; b < B; b++)
-            tokens_copy(rows + b * (t + 1), bytes + at + b * t, t + 1);
         acts_load(&a, rows);
         double count = (double)(B * t);
         if (answers_only) {
-            find_answers(weight, bytes, at + 1, B * t);
             count = share_weights(weight, B * t);
             acts_weigh(&a, weight);
         }
@@ -6934,6 +6943,7 @@ static int sample_answer(const Options *given)
     rollout_draw(&e.roll, &e.decoder, &sampler, END);
     rollout_answer(answer, &e.roll, 0);
     for (size_t i = e.roll.prompt[0]; i < e.roll.length[0]; i++) print_token(e.roll.text[i]);
+    if (e.roll.text[e.roll.length[0] - 1] != END) putchar('\n'); // it did not end
     reward = judge(&q, answer);
     printf("%s\n", reward.accuracy > 0 ? "right" : reward.format > 0 ? "wrong" :
            "wrong: not of the form <think>...</think><answer>...</answer>");

@@ -1261,6 +1261,33 @@ static void test_threads_same_bits(void)
         model_free(&m);
     }
 }
+
+// A call of the decoder that is work enough is done by a team; the logits are the same.
+static void test_decode_team(void)
+{
+    enum { SLOTS = 4, TOKENS = 3 };
+    static const int slot[SLOTS] = {0, 1, 2, 3};
+    Config c = config_preset(LAPTOP_MTP);
+    Model m = model_make(&c, 0);
+    real *z[2 * TOKENS] = {NULL};
+    model_init(&m, 5);
+    for (size_t threads = 1; threads <= 2; threads++) {
+        use_threads(threads);
+        Decoder s = decoder_make(&m, SLOTS, TOKENS, 1, SLOTS, TOKENS);
+        EXPECT(is_small(&s, 1) && is_small(&s, SLOTS) == (thread_count() == 1),
+               "%zu threads: who does it", threads);
+        for (int i = 0; i < 2 * TOKENS; i++) { // the main model, then MTP
+            int token[SLOTS] = {7 * i, 7 * i + 1, 90, i}, pos[SLOTS] = {i / 2, i / 2, i / 2, i / 2};
+            if (i % 2) decode_mtp(&s, token, SLOTS);
+            else decode(&s, token, slot, pos, SLOTS);
+            if (!z[i]) z[i] = copy_of(s.a.logits, SLOTS * c.V);
+            EXPECT(!memcmp(z[i], s.a.logits, SLOTS * c.V * sizeof(real)),
+                   "%zu threads: other logits, call %d", threads, i);
+        }
+        decoder_free(&s);
+    }
+    model_free(&m);
+}
 #endif // not MOE_DOUBLE
 
 // ------------------------------------------------------------------------------------------------
@@ -3439,6 +3466,11 @@ static void test_answers_only(void)
     for (size_t i = 1; i < n; i++) // each in a window of its own: of two tokens, one predicted
         if (is[i] == '1') whole += text_loss(&m, bytes + i - 1, 2, 1, 0);
     near(text_loss(&m, bytes, n, 1, 1), whole / 8, 2e-6, "loss of answers");
+    // the second line, cut after its tab, is seen again from the line feed before it
+    static const char lines[] = "ab\tcd\nef\tgh\n";
+    double first = text_loss(&m, lines, 6, 8, 1), second = text_loss(&m, lines + 5, 7, 8, 1);
+    near(text_loss(&m, lines, 12, 8, 1), (first + second) / 2, 2e-6, "loss of two lines");
+    EXPECT(fabs(text_loss(&m, lines + 8, 4, 3, 1) - second) > 1e-4, "questions change nothing");
     model_free(&m);
 }
 
@@ -4042,6 +4074,11 @@ static void test_not_finite(void)
     r = run_moe(ARGS("eval", "--model", huge, "--data", excerpt));
     EXPECT(r.status == 1 && !*r.out && strstr(r.err, "moe: the loss over the text is"),
            "eval: status %d, '%s', '%s'", r.status, r.out, r.err);
+    expect_error(1, "and the gradient's norm", ARGS("check", "--model", huge, "--data", excerpt,
+                                                    "--batch", "1", "--seq", "8"));
+    r = run_moe(ARGS("sample", "--model", huge));
+    EXPECT(r.status == 1 && strstr(r.err, "a logit is not a finite number"), "sample: %d, '%s'",
+           r.status, r.err);
     expect_error(1, "2 steps in a row were not finite; this run has saved nothing in",
                  ARGS("train", "--model", huge, "--data", excerpt, "--steps", "2", "--out", out));
     expect_error(1, "the loss over the text is", ARGS("train", "--config", tiny_config(), "--data",
@@ -4309,6 +4346,85 @@ static void test_bench(void)
 
 // ------------------------------------------------------------------------------------------------
 // moe rl and moe task
+
+// A model that has learnt sums of two digits from answers of which a tenth is wrong.
+static char *adding_model(void)
+{
+    Config c = trainable_config();
+    c.V = 128, c.C = 32, c.D = 0, c.F = c.Fe = 32, c.Rkv = 16, c.Dn = c.Dv = 16, c.Dr = 8;
+    c.Tmax = 64;
+    char *config = in_directory("adding.json"), *text = in_directory("sums"), *out;
+    config_save(&c, directory);
+    rename(in_directory("config.json"), config);
+    Ran r = expect_success(ARGS("task", "--size", "1", "--lines", "4000", "--worked", "0",
+                                "--right", "0.9"));
+    write_text(text, r.out);
+    out = in_directory("adding");
+    r = expect_success(ARGS("train", "--config", config, "--data", text, "--out", out, "--steps",
+                            "800", "--batch", "8", "--answers-only", "--threads", "1"));
+    const char *says = strstr(r.out, "validation loss ");
+    double loss = says ? strtod(says + 16, NULL) : NAN; // of questions it would be 1.2 and more
+    EXPECT(loss > 0.01 && loss < 0.2 && strstr(says, "over the answers in all"), "'%s'", says);
+    return out;
+}
+
+#define AT_SUMS "--task", "add", "--size", "1", "--max-tokens", "48", "--max-prompt", "16"
+
+// What a model that is right at times gives: right answers alone, collected, to train on; one
+// answer with its verdict; and how often it is right, which votes raise.
+static void test_right_at_times(void)
+{
+    char *model = adding_model(), *end, *line, *texts[3];
+    for (int i = 0; i < 3; i++) { // again; with another seed
+        size_t lines = 0;
+        Ran r = expect_success(ARGS("rl", "--model", model, AT_SUMS, "--collect", "30",
+                                    "--questions", "8", "--group", "4", "--seed", i < 2 ? "1" :
+                                    "2"));
+        texts[i] = (char *)room(strlen(r.out) + 1, 1);
+        strcpy(texts[i], r.out);
+        for (line = r.out; (end = strchr(line, '\n')); line = end + 1, lines++) {
+            char *answer = strchr(line, '\t');
+            Question q;
+            *end = 0;
+            REQUIRE(answer, "'%s' has no tab", line);
+            *answer++ = 0;
+            EXPECT(parse_question(&q, TASK_ADD, line) && !is_for_testing(&q) &&
+                   judge(&q, answer).accuracy == 1, "%s: '%s'", line, answer);
+        }
+        EXPECT(lines == 30 && !*line, "%zu lines, not 30", lines);
+    }
+    EXPECT(!strcmp(texts[0], texts[1]) && strcmp(texts[0], texts[2]), "not by the seed");
+
+    size_t verdicts[2] = {0, 0};
+    for (int i = 0; i < 20; i++) {
+        const char *prompt = label("%d+%d", i % 10, i * 7 % 10);
+        Question q;
+        Ran r = expect_success(ARGS("sample", "--model", model, AT_SUMS, "--prompt", prompt,
+                                    "--seed", label("%d", i), "--temperature", "1.5"));
+        REQUIRE(parse_question(&q, TASK_ADD, prompt) && (end = strchr(r.out, '\n')), "'%s'", r.out);
+        *end++ = 0;
+        int right = judge(&q, r.out).accuracy == 1;
+        EXPECT(!strncmp(end, right ? "right\n" : "wrong", right ? 6 : 5), "%s: '%s': %s", prompt,
+               r.out, end);
+        verdicts[right]++;
+    }
+    EXPECT(verdicts[0] && verdicts[1], "all of 20 are alike: %zu right", verdicts[1]);
+    REFUSED("is no question of the task add", "sample", "--model", model, "--task", "add",
+            "--prompt", "3-4");
+
+    double greedy, once, votes, format, length;
+    static const char form[] = "greedy %lf%% pass@1 %lf%% majority of 16 %lf%% format %lf%% "
+                               "length %lf questions 100\n";
+    for (int i = 0; i < 2; i++) {
+        Ran r = expect_success(ARGS("eval", "--model", model, AT_SUMS, "--test", "100", "--votes",
+                                    "16", "--temperature", i ? "1" : "0"));
+        REQUIRE(sscanf(r.out, form, &greedy, &once, &votes, &format, &length) == 5, "'%s'", r.out);
+        EXPECT(format > 90 && length > 33 && length < 40, "'%s'", r.out);
+        EXPECT(i ? once > 5 && once < 95 && votes > once : once == greedy && votes == greedy,
+               "temperature %d: '%s'", i, r.out);
+    }
+    snprintf(remark, sizeof remark, "pass@1 %.0f%%, majority of 16 %.0f%%", once, votes);
+}
 
 // A model that writes letters a to e and ends after a few of them; V of its tokens are known to it.
 static char *babbling_model(const char *name, size_t V)
@@ -4644,6 +4760,7 @@ static const Test tests[] = {
     TEST(broken_backward_is_seen) TEST(golden_weights)
 #else
     TEST(gemm) TEST(gemm_bits) TEST(fast_exp) TEST(attention) TEST(meters) TEST(threads_same_bits)
+    TEST(decode_team)
 #endif
     BOTH(pytorch_mla) BOTH(pytorch_moe) BOTH(pytorch_v3) BOTH(pytorch_yarn)
 #ifdef MOE_DOUBLE
@@ -4665,9 +4782,8 @@ static const Test tests[] = {
     TEST(resume_is_exact) TEST(seq_warmup) TEST(killed_while_saving) TEST(disk_full)
     TEST(read_only_directory) TEST(signals) TEST(run_directory) TEST(not_finite)
     TEST(memory_refused) TEST(plan)
-    TEST(plan_options) TEST(bench) TEST(rl) TEST(program_tell) TEST(rl_resume) TEST(rl_options)
-    TEST(rl_programs)
-    TEST(rl_programs_end) TEST(task)
+    TEST(plan_options) TEST(bench) TEST(right_at_times) TEST(rl) TEST(program_tell)
+    TEST(rl_resume) TEST(rl_options) TEST(rl_programs) TEST(rl_programs_end) TEST(task)
 #endif
 };
 
