@@ -2794,6 +2794,7 @@ static pid_t start_moe(const char *const *args)
     pid_t child = fork();
     if (child != 0) return child;
     alarm(300); // whatever happens
+    signal(SIGHUP, SIG_DFL); // which nohup would have ignored
     struct rlimit limit = {file_limit, file_limit};
 #ifdef __linux__
     int root = geteuid() == 0 && prctl(PR_CAPBSET_DROP, 1, 0, 0, 0); // 1: CAP_DAC_OVERRIDE
