@@ -3475,6 +3475,23 @@ static void test_answers_only(void)
     model_free(&m);
 }
 
+// The largest load over the mean, where it is worst.
+static void test_worst_load(void)
+{
+    static const int loads[][6] = {{1, 1, 1, 1, 1, 1}, {0, 3, 0, 0, 0, 3}, {5, 0, 0, 1, 0, 0}};
+    Config c = small_config();
+    Model m = model_make(&c, 1);
+    Optimizer o = optimizer_make(&m);
+    double most[] = {1, 3, 5};
+    near(worst_load(&m, &o), 1, 1e-12, "no loads");
+    for (size_t i = 0; i < 3; i++) { // layers 1, 2 and, of MTP, 3
+        to_device(o.load + (1 + i) * c.E, loads[i], sizeof loads[i]);
+        near(worst_load(&m, &o), most[i], 1e-12, label("loads of layers 1 to %zu", i + 1));
+    }
+    optimizer_free(&o);
+    model_free(&m);
+}
+
 // Every token but the first counts once, and sees nothing from before its window.
 static void test_text_loss(void)
 {
@@ -3593,7 +3610,7 @@ static void test_help(void)
 static void test_train_and_use(void)
 {
     Config c = trainable_config();
-    char *config = in_directory("config.json"), *out[3], *weights[3], *logs[3];
+    char *config = in_directory("config.json"), *out[3], *weights[3], *logs[3], *printed = NULL;
     size_t n[3], m[3], rows = 0, validated = 0, tokens = 0;
     config_save(&c, directory);
     for (int i = 0; i < 3; i++) { // twice the same run, and once with a break
@@ -3605,6 +3622,7 @@ static void test_train_and_use(void)
         if (i == 2) r = expect_success(ARGS("train", "--resume", out[i]));
         REQUIRE(r.status == 0, "no model to go on with");
         EXPECT(strstr(r.out, "validation loss"), "no validation loss in '%s'", r.out);
+        if (i == 0) printed = r.out;
         weights[i] = file_text(in_path(out[i], "model.safetensors"), &n[i]);
         logs[i] = file_text(in_path(out[i], "log.csv"), &m[i]);
         EXPECT(n[i] == n[0] && !memcmp(weights[i], weights[0], n[0]), "run %d: another model", i);
@@ -3616,8 +3634,12 @@ static void test_train_and_use(void)
     whole = file_text(in_path(out[1], "model.safetensors"), &n[1]);
     EXPECT(n[1] == n[0] && !memcmp(whole, weights[0], n[0]), "a failed save left another model");
 
-    double first = 0, last = 0, loss = 0; // of the rows step,loss,val_loss and five more
+    double first = 0, last = 0, loss = 0, mean = 0, mtp, balance, load, norm, lr;
     char *row = strchr(logs[0], '\n') + 1, *end;
+    EXPECT(sscanf(row, "1,%lf,,%lf,%lf,%lf,%lf,%lf\n", &loss, &mtp, &balance, &load, &norm,
+                  &lr) == 6 && fabs(mtp - loss * 23 / 24) < 0.1 && // of 24 tokens 23 have a second
+           balance > 1.99 && balance < 2.2 && load > 1 && load <= 2 && norm > 0 && // two layers
+           fabs(lr - 0.02 / 3) < 1e-8, "log.csv begins '%.60s'", row);
     for (; (end = strchr(row, '\n')); row = end + 1) {
         size_t step = 0, commas = 0;
         *end = 0;
@@ -3625,8 +3647,11 @@ static void test_train_and_use(void)
         for (char *s = row; *s; s++) commas += *s == ',';
         EXPECT(commas == 7, "log.csv: '%s'", row);
         validated += !strstr(row, ",,");
-        if (rows == 1) first = last;
+        if (rows == 1) first = mean = last;
+        mean = 0.95 * mean + 0.05 * last;
     }
+    EXPECT(strstr(printed, label("step 30/30 loss %.4f val ", mean)), "'%s' has no mean of %.4f",
+           printed, mean);
     EXPECT(rows == 30 && validated == 3, "%zu rows, %zu with a validation", rows, validated);
     EXPECT(first > 5.4 && first < 5.7 && last < 4, "the loss went from %.3f to %.3f", first, last);
 
@@ -4508,6 +4533,78 @@ static void test_rl(void)
     snprintf(remark, sizeof remark, "accuracy %.2f, then %.2f", first, last);
 }
 
+// What log.csv says of a step: one group a step, and the reference is the policy or never is again.
+static void test_rl_log(void)
+{
+    enum { STEPS = 6 };
+    char *model = babbling_model("rl-log-base", 128);
+    for (int never = 0; never < 2; never++) {
+        char *out = in_directory(label("rl-log-%d", never));
+        expect_success(RL("--model", model, "--out", out, "--questions", "1", "--steps", "6",
+                          "--kl", "0.01", "--ref-every", never ? "0" : "1", "--task-cmd", asks,
+                          "--verify-cmd", judges));
+        for (size_t i = 0; i < STEPS; i++) {
+#define LOGGED(column) logged(out, column, STEPS, i, i + 1)
+            double accuracy = LOGGED(2), kl = LOGGED(6);
+            EXPECT(LOGGED(1) == accuracy && LOGGED(3) == 0, "step %zu: reward %g", i, LOGGED(1));
+            EXPECT(LOGGED(8) == (accuracy == 0 || accuracy == 1), "step %zu: accuracy %g, flat %g",
+                   i, accuracy, LOGGED(8));
+            EXPECT(never && i ? kl > 0 : kl == 0, "step %zu: KL %g of a reference that is the "
+                   "policy of %s step", i, kl, never ? "the first" : "this");
+        }
+        double entropy = logged(out, 5, STEPS, 0, 1); // five letters and the end, alike
+        EXPECT(fabs(entropy - log(6)) < 0.2, "entropy %.3f at first", entropy);
+        Model was = model_load(model, 0), is = model_load(out, 0);
+        EXPECT(!memcmp(was.layer[1].router_bias, is.layer[1].router_bias,
+                       was.config.E * sizeof(accum)), "RL moved a router's bias");
+        model_free(&was);
+        model_free(&is);
+    }
+}
+
+static size_t count_of(const char *text, const char *what)
+{
+    size_t n = 0;
+    for (; (text = strstr(text, what)); text++) n++;
+    return n;
+}
+
+// Three steps, reward and accuracy rising, length and entropy falling, KL at rest, one test.
+static void test_rl_plot(void)
+{
+    static const char rows[] = "step,reward,accuracy,format,length,entropy,kl\n"
+        "1,0,0,0,30,1,0,0,0,0,,1,1,1\n2,1,0.5,0.5,20,0.5,0,0,0,0,0.5,2,1,1\n"
+        "3,2,1,1,10,0,0,0,0,0,,3,1,1\n";
+    static const struct { const char *what; size_t times; } lines[] = {
+        {"d=\"M0 120.0h0L120 60.0h0L240 0.0h0\"", 2}, {"d=\"M0 0.0h0L120 60.0h0L240 120.0h0\"", 2},
+        {"d=\"M0 60.0h0L120 60.0h0L240 60.0h0\"", 1}, {"class=\"dots\" d=\"M120 60.0h0\"", 1},
+        {"y=\"9\">2</text>", 1}, {"y=\"9\">100</text>", 1}, {"y=\"120\">10</text>", 1},
+        {">step 1</text>", 5}, {">3</text>", 5}, {"translate(370,240)", 1},
+    };
+    char *run = in_directory("plot"), *shown = in_directory("shown"), *end;
+    size_t n;
+    make_directory(run);
+    write_text(in_path(run, "log.csv"), rows);
+    fflush(stdout);
+    int here = dup(1), there = open(shown, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    REQUIRE(here >= 0 && there >= 0, "no file to print to");
+    dup2(there, 1);
+    rl_plot(run);
+    fflush(stdout);
+    dup2(here, 1);
+    close(here), close(there);
+    char *svg = file_text(in_path(run, "curve.svg"), &n), *text = file_text(shown, &n);
+    for (size_t i = 0; i < sizeof lines / sizeof *lines; i++)
+        EXPECT(count_of(svg, lines[i].what) == lines[i].times, "curve.svg has %zu times %s",
+               count_of(svg, lines[i].what), lines[i].what);
+    const char *top = label("  100.0 +.%58s*+ 30.0\n", "");
+    const char *low = label("    0.0 +*%58s.+ 10.0\n", "");
+    const char *middle = label("   50.0 +%30so%29s+ 20.0\n", "", "");
+    EXPECT(strstr(text, top) && strstr(text, middle) && strstr(text, low), "'%s'", text);
+    EXPECT((end = strstr(text, "step")) && strspn(text + (end - text) - 28, "1 ") >= 28 &&
+           strstr(end, " 3\n"), "the axis of '%s'", text);
+}
+
 // Who does not read what is written to it is not waited for longer than --patience.
 static void test_program_tell(void)
 {
@@ -4778,12 +4875,14 @@ static const Test tests[] = {
     TEST(rollout_answer)
     TEST(generate_trained) TEST(sample_token) TEST(json) TEST(save_load) TEST(load_dtypes_shards)
     TEST(load_fp8) TEST(damaged_weights) TEST(damaged_config) TEST(rope_parameters)
-    TEST(sizes_beyond_int) TEST(window_start) TEST(schedule) TEST(text_loss) TEST(answers_only)
+    TEST(sizes_beyond_int) TEST(window_start) TEST(schedule) TEST(worst_load) TEST(text_loss)
+    TEST(answers_only)
     TEST(command_line_errors) TEST(help) TEST(train_and_use) TEST(check_dump) TEST(check_routing)
     TEST(resume_is_exact) TEST(seq_warmup) TEST(killed_while_saving) TEST(disk_full)
     TEST(read_only_directory) TEST(signals) TEST(run_directory) TEST(not_finite)
     TEST(memory_refused) TEST(plan)
-    TEST(plan_options) TEST(bench) TEST(right_at_times) TEST(rl) TEST(program_tell)
+    TEST(plan_options) TEST(bench) TEST(right_at_times) TEST(rl) TEST(rl_log)
+    TEST(rl_plot) TEST(program_tell)
     TEST(rl_resume) TEST(rl_options) TEST(rl_programs) TEST(rl_programs_end) TEST(task)
 #endif
 };
