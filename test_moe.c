@@ -3307,6 +3307,8 @@ static void test_rope_parameters(void)
         EXPECT(a.theta == 5e4 && b.theta == 5e4 && a.yarn_factor == (i ? 40 : 0) &&
                b.yarn_factor == a.yarn_factor && b.yarn_fast == a.yarn_fast, "%s: theta %g, factor "
                "%g", same[i][1], b.theta, b.yarn_factor);
+        EXPECT(!i || (b.yarn_fast == 31 && b.yarn_slow == 1 && b.yarn_original == 4096 &&
+               b.yarn_mscale == 1 && b.yarn_mscale_all_dim == 0), "%s: other defaults", same[i][1]);
     }
 }
 
