@@ -958,7 +958,9 @@ static void test_model_gradient_begins_anew(void)
     for (int left_out = 0; left_out < 2; left_out++) {
         Acts *first = left_out ? &one : &a, *second = left_out ? &a : &one;
         fill_grads(&m, (accum)NAN);
+        optimizer_count_load(&o, &m, &a);
         optimizer_skip(&o, &m);
+        for (size_t i = 0; i < layers(&c) * c.E; i++) EXPECT(!o.load[i], "load %zu is left", i);
         model_forward_backward(&m, first, 1);
         for (const Tensor *t = m.layout.tensor; t < m.layout.tensor + m.layout.tensors; t++) {
             double norm = norm_of(m.grads + t->offset, tensor_size(t));
@@ -2285,6 +2287,9 @@ static void test_rollout_logp(void)
         within(fabs(sums.loss + sum), 20 * most, "loss"); // -A each
         within(fabs(sums.kl), most, "divergence");
         EXPECT(sums.clipped == 0, "clipped %g", sums.clipped);
+        for (size_t i = 0; i < N * MOST; i++) r.logp[i] -= 1; // each ratio is e: too large where
+        sums = grpo_backward(&m, &ref, &a, N * (MOST - 1), &r, order, N, A, &g); // A > 0, thrice
+        within(fabs(sums.clipped - 3), 1e-12, "clipped");
         acts_free(&a);
         rollout_free(&r);
     }
