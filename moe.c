@@ -1102,8 +1102,7 @@ static void gemm_panels(real *c, size_t c_row, const real *a, size_t a_row, size
     }
 }
 
-// One row times a matrix as it stands, n a multiple of NR: its lines are read whole where tiles are
-// wide.
+// One row times a matrix as it stands, n a multiple of NR: in wide tiles, which read whole lines.
 static void gemm_one_row(real *c, const real *a, size_t a_col, const real *b, size_t b_row,
                          size_t n, size_t k, int add)
 {
@@ -1983,9 +1982,9 @@ static void latent_attention(real *out,         // [n, NH, Dv]
     for (size_t k = 0; k < n * parts; k++) { // heads at once: they see the same latents
         size_t i = k / parts, h0 = k % parts * NH / parts, H = (k % parts + 1) * NH / parts - h0;
         size_t last = (size_t)pos[i], seen = min_size(last + 1, window), first = last + 1 - seen;
-        size_t row = ceil_div(seen, LANES) * LANES;
-        real *qi = scratch(H * (ld + row)), *p = qi + H * ld; // [H, Rkv + Dr], [H, seen]
-        real *o = sums + (h0 * n + i) * Rkv;                   // [H, Rkv], n rows apart
+        size_t row = ceil_div(seen, LANES) * LANES;           // of scores, in whole vectors
+        real *qi = scratch(H * (ld + row)), *p = qi + H * ld; // [H, Rkv + Dr], [H, row]
+        real *o = sums + (h0 * n + i) * Rkv;                  // [H, Rkv], n rows apart
         size_t at, len, u;
         for (size_t h = 0; h < H; h++) {
             memcpy(qi + h * ld, latent + ((h0 + h) * n + i) * Rkv, Rkv * sizeof(real));
