@@ -6204,7 +6204,7 @@ static void rl_report(const Run *r, const Options *o, const RlStep *s, int teste
 }
 
 // Rejection sampling: writes the first right answer to each question that has one.
-static int rl_collect(Exam *e, const Options *o)
+static void rl_collect(Exam *e, const Options *o)
 {
     static char answer[LINE];
     size_t first = 0;
@@ -6225,7 +6225,6 @@ static int rl_collect(Exam *e, const Options *o)
             die(FAILED, "%s answers hardly any question right; %zu of %zu were collected", o->model,
                 written, o->collect);
     }
-    return 0;
 }
 
 static void rl_check(const Options *o, size_t answers)
@@ -6273,7 +6272,12 @@ static int command_rl(const Options *given)
     const char *memory = memory_plan(c, !o->collect, B, most - 1, plan.arena.used);
     decoder_free(&plan);
     Exam e = exam_make(&m, &source, o, n);
-    if (o->collect) return rl_collect(&e, o);
+    if (o->collect) {
+        rl_collect(&e, o);
+        exam_free(&e);
+        model_free(&m);
+        return 0;
+    }
     prepare_directory(o, c);
     Optimizer opt = optimizer_make(&m);
     if (o->kl > 0) {
