@@ -5095,6 +5095,18 @@ static void find_answers(accum *to, const char *bytes, size_t at, size_t n)
     }
 }
 
+// The same for a window of bytes[0 .. last], the t after `at`. A line that it cuts does not count
+// but begins the next window, so that an answer is seen with its question; returns where that is.
+static size_t weigh_answers(accum *to, const char *bytes, size_t at, size_t t, size_t last)
+{
+    size_t end = at + t;
+    find_answers(to, bytes, at + 1, t);
+    while (end > at && end < last && bytes[end] != '\n') end--;
+    if (end == at) return at + t; // the line is longer than a window
+    for (size_t i = end - at; i < t; i++) to[i] = 0;
+    return end;
+}
+
 // Where the first line after `at` begins, the line feed before it included; at if that is not
 // before `end`.
 static size_t line_start(const char *bytes, size_t at, size_t end)
@@ -5115,8 +5127,7 @@ static double share_weights(accum *weight, size_t n)
 #define EVAL_ROWS(T) ceil_div(4096, T) // sequences at once
 
 // Mean loss over every token of bytes[0 .. n) but the first, or over those in answers, in windows
-// of T tokens, of which each sees what stands before it in its window. The last may be shorter;
-// answers are seen with their questions: a line that does not end in a window begins the next.
+// of T tokens, of which each sees what stands before it in its window. The last may be shorter.
 static double text_loss(const Model *m, const char *bytes, size_t n, size_t T, int answers_only)
 {
     size_t last = n - 1, most = EVAL_ROWS(T), t, turn = 0;
@@ -5127,16 +5138,9 @@ static double text_loss(const Model *m, const char *bytes, size_t n, size_t T, i
     memset(&a, 0, sizeof a);
     for (size_t at = 0; at < last;) {
         size_t B = 0;
-        for (t = min_size(T, last - at); B < most && at < last && at + t <= last; B++) {
-            size_t end = at + t;
+        for (t = min_size(T, last - at); B < most && at + t <= last; B++) {
             tokens_copy(rows + B * (t + 1), bytes + at, t + 1);
-            if (answers_only) {
-                find_answers(weight + B * t, bytes, at + 1, t);
-                while (end > at && end < last && bytes[end] != '\n') end--;
-                if (end == at) end = at + t; // a line longer than a window
-                for (size_t i = end - at; i < t; i++) weight[B * t + i] = 0;
-            }
-            at = end;
+            at = answers_only ? weigh_answers(weight + B * t, bytes, at, t, last) : at + t;
         }
         if (turn++ % (size_t)ranks != (size_t)rank) continue;
         if (a.B != B || a.T != t) {

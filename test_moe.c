@@ -4386,9 +4386,8 @@ static char *adding_model(void)
     Config c = trainable_config();
     c.V = 128, c.C = 32, c.D = 0, c.F = c.Fe = 32, c.Rkv = 16, c.Dn = c.Dv = 16, c.Dr = 8;
     c.Tmax = 64;
-    char *config = in_directory("adding.json"), *text = in_directory("sums"), *out;
+    char *config = in_directory("config.json"), *text = in_directory("sums"), *out;
     config_save(&c, directory);
-    rename(in_directory("config.json"), config);
     Ran r = expect_success(ARGS("task", "--size", "1", "--lines", "4000", "--worked", "0",
                                 "--right", "0.9"));
     write_text(text, r.out);
@@ -4397,7 +4396,7 @@ static char *adding_model(void)
                             "800", "--batch", "8", "--seq", "40", "--answers-only", "--threads",
                             "1"));
     const char *says = strstr(r.out, "validation loss ");
-    double loss = says ? strtod(says + 16, NULL) : NAN; // of questions it would be 1.2 and more
+    double loss = says ? strtod(says + 16, NULL) : NAN; // 0.8 if windows cut lines
     EXPECT(loss > 0.01 && loss < 0.3 && strstr(says, "over the answers in all"), "'%s'", says);
     return out;
 }
@@ -4447,13 +4446,15 @@ static void test_right_at_times(void)
             "--prompt", "3-4");
 
     double greedy, once, votes, format, length;
+    size_t questions;
     static const char form[] = "greedy %lf%% pass@1 %lf%% majority of 16 %lf%% format %lf%% "
-                               "length %lf questions 100\n";
+                               "length %lf questions %zu\n";
     for (int i = 0; i < 2; i++) {
         Ran r = expect_success(ARGS("eval", "--model", model, AT_SUMS, "--test", "64", "--votes",
                                     "16", "--temperature", i ? "1" : "0"));
-        REQUIRE(sscanf(r.out, form, &greedy, &once, &votes, &format, &length) == 5, "'%s'", r.out);
-        EXPECT(format >= once && length > 20 && length <= 48, "'%s'", r.out);
+        REQUIRE(sscanf(r.out, form, &greedy, &once, &votes, &format, &length, &questions) == 6,
+                "'%s'", r.out);
+        EXPECT(questions == 64 && format >= once && length > 20 && length <= 48, "'%s'", r.out);
         EXPECT(i ? once > 5 && once < 95 && votes > once : once == greedy && votes == greedy,
                "temperature %d: '%s'", i, r.out);
     }
@@ -4889,9 +4890,9 @@ static const Test tests[] = {
     TEST(resume_is_exact) TEST(seq_warmup) TEST(killed_while_saving) TEST(disk_full)
     TEST(read_only_directory) TEST(signals) TEST(run_directory) TEST(not_finite)
     TEST(memory_refused) TEST(plan)
-    TEST(plan_options) TEST(bench) TEST(right_at_times) TEST(rl) TEST(rl_log)
-    TEST(rl_plot) TEST(program_tell)
-    TEST(rl_resume) TEST(rl_options) TEST(rl_programs) TEST(rl_programs_end) TEST(task)
+    TEST(plan_options) TEST(bench) TEST(right_at_times) TEST(rl) TEST(rl_log) TEST(rl_plot)
+    TEST(program_tell) TEST(rl_resume) TEST(rl_options) TEST(rl_programs) TEST(rl_programs_end)
+    TEST(task)
 #endif
 };
 
